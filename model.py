@@ -1,0 +1,712 @@
+"""The transformer, and its folder on disk.
+
+A decoder as Llama, Mistral and Qwen3 have it. One block is two residual lines,
+
+    x = x + Attention(RMSNorm(x))
+    x = x + MLP(RMSNorm(x))               MLP(x) = W_down (silu(W_gate x) * W_up x)          (SwiGLU, 2002.05202)
+
+with rotary positions (RoFormer, 2104.09864; the half-split order of Hugging Face), grouped-query attention (2305.13245),
+optionally an RMSNorm on every query and key head (QK-norm, as in Qwen3), and in the place of the MLP, if `experts` is
+not 0, the mixture of experts of moe.py.
+
+A checkpoint is a Hugging Face folder: `load` reads what Meta, Mistral and Qwen publish, and `save` writes what
+transformers and vLLM read. There is no converter, because there is no second format: parameters carry the public names.
+What this class cannot represent exactly (a sliding window, biases, another activation) is refused by name.
+
+Measured (2 CPU cores, bf16, head_dim 32, context 256): torch's fused attention takes 2.5 times as long as the five lines
+of `causal_attention`, its RMSNorm 2 times as long as the same formula with a gradient by hand; so both stand here, for
+CPUs. One joined product for queries, keys and values, or for gate and up, gained nothing.
+
+Left out on purpose: dropout (one pass over the data needs none), biases, sliding windows, sequence packing masks, and
+every attention kernel but torch's `scaled_dot_product_attention`.
+
+    python model.py out/dense --prompt "def "
+
+Try:
+  1. Delete the `/ math.sqrt(2 * layers)` in `init_weights` and train 200 steps: with 3 layers the loss barely notices;
+     with --num-hidden-layers 24 the start is visibly slower. The residual stream grew with every block.
+  2. Make `Attention` ignore positions (return q, k unrotated): the model can still count, because the causal mask breaks
+     the symmetry, but the loss ends higher.
+  3. Change rope_theta in config.json of a trained folder from 10000 to 1000000 and evaluate it again with
+     `python train.py --init FOLDER --tokens 0`: positions are part of the weights' meaning, and the loss jumps.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+import moe
+
+
+@dataclass
+class Config:
+    """The shape of a model, in Hugging Face's names. `experts`, `top_k` and `granularity` are those of moe.py."""
+
+    vocab_size: int = 256
+    hidden_size: int = 128  # width of the residual stream
+    intermediate_size: int = 384  # width of the MLP; of one full-width expert
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4  # fewer than heads: grouped-query attention
+    head_dim: int = 32  # free of hidden_size / heads
+    max_position_embeddings: int = 256  # the context it was trained with
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, ...
+    tie_word_embeddings: bool = False  # True: the head is the embedding
+    qk_norm: bool = True  # RMSNorm on each query and key head
+    experts: int = 0  # expansion rate E; 0 is a dense model
+    top_k: int = 2  # full-width experts a token, K
+    granularity: int = 1  # G: each full-width expert is split into G
+    router: str = "topk-softmax"  # or softmax-topk
+    capacity_factor: float | None = None  # None: no token is ever dropped (training only, not stored)
+    balance_coef: float = 0.01  # weight of the balancing loss in training
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    def check(self):
+        """Raises ValueError for a shape that cannot be built, or that no public architecture can say."""
+        sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+        for name in (sizes + " head_dim max_position_embeddings").split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} (at least 1)")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value heads "
+                "(num_key_value_heads must divide num_attention_heads)"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim} (rotary embeddings turn pairs: an even number)")
+        if self.experts:
+            moe.check(
+                self.hidden_size, self.intermediate_size, self.experts, self.top_k, self.granularity, self.router,
+                self.capacity_factor,
+            )  # fmt: skip
+            if self.router == "softmax-topk" and not self.qk_norm:
+                raise ValueError("no public format holds a softmax-topk router without QK-norm (add --qk-norm)")
+
+
+# ---- the layers -----------------------------------------------------------------------------------------------------
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = gain * n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps, in at least fp32. For CPUs: torch has no fused one there."""
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        ctx.dtype = x.dtype
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
+        n = x / rms
+        ctx.save_for_backward(n, rms, gain)
+        return (n * gain).to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        n, rms, gain = ctx.saved_tensors
+        dy, wide = dy.to(n.dtype), gain.to(n.dtype)
+        dyn = dy * n
+        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx is orthogonal to x: rms(x) is divided out
+        dx = (dy * wide).addcmul_(n, mean, value=-1).div_(rms)
+        return dx.to(ctx.dtype), dyn.flatten(0, -2).sum(0).to(gain.dtype), None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        if x.device.type == "cpu":
+            return RMSNormFunction.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotation(config, positions, device):
+    """cos and +-sin of the rotary angles, (T, head_dim) each, fp32: angle = position * theta^(-2 i / head_dim)."""
+    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = config.rope_theta ** (-i / config.head_dim)  # (head_dim / 2,)
+    if config.rope_scaling:  # Llama 3.1: slow frequencies turn `factor` times slower, fast ones stay, ramp between
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
+        ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        frequency = frequency * (ramp.clamp(0, 1) + (1 - ramp.clamp(0, 1)) / s["factor"])
+    angle = torch.outer(positions.float(), frequency)
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) to (a cos - b sin, b cos + a sin);
+    cos, sin (T, head_dim) as `rotation` gives them."""
+    return torch.addcmul(x * cos[:, None].to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin[:, None].to(x.dtype))
+
+
+def causal_attention(q, k, v, block=128):
+    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where torch's
+    fused kernel converts every number. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
+    share = q.shape[1] // k.shape[1]
+    if share > 1:
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    q = q * q.shape[-1] ** -0.5
+    y = []
+    for i in range(0, q.shape[2], block):
+        scores = q[:, :, i : i + block] @ k[:, :, : i + block].mT  # (B, heads, block, i + block)
+        scores[..., i:] += torch.full_like(scores[0, 0, :, i:], -torch.inf).triu(1)
+        y.append(scores.softmax(-1) @ v[:, :, : i + block])
+    return torch.cat(y, dim=2)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        if cache is not None:  # keys and values of the tokens before these
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            cache[:] = k, v
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
+            y = causal_attention(q, k, v)
+        else:
+            causal = T == k.shape[2]  # with a cache, one new token sees all that went before
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.silu(gate) * up), None
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if c.experts:
+            self.mlp = moe.MoE(
+                c.hidden_size, c.intermediate_size, c.experts, c.top_k, c.granularity, c.router, c.capacity_factor
+            )
+        else:
+            self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        y, aux = self.mlp(self.post_attention_layernorm(x))
+        return x + y, aux
+
+
+class Transformer(nn.Module):
+    """The decoder. Parameters have the public names: `model.layers.0.self_attn.q_proj.weight`, ..."""
+
+    def __init__(self, config):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids, targets=None, cache=None):
+        """ids, targets (B, T) int64 -> logits, loss, aux.
+
+        Without targets: logits (B, T, V) and loss None. With targets (already shifted; -100 is ignored): loss is the
+        mean cross-entropy in nats a token and logits None. aux is None for a dense model; else a dict of balance_loss and
+        z_loss (means over layers, scalars), counts (layers, experts), dropped and entropy (means over layers).
+        cache: None, or the list of `new_cache()`, to which the keys and values of ids are added.
+        """
+        past = cache[0][0].shape[2] if cache and cache[0] else 0
+        if past and ids.shape[1] > 1:
+            raise ValueError(f"{ids.shape[1]} tokens after a cache (one at a time)")
+        cos, sin = rotation(self.config, torch.arange(past, past + ids.shape[1], device=ids.device), ids.device)
+        x = self.model.embed_tokens(ids)  # (B, T, D)
+        auxes = []
+        for i, layer in enumerate(self.model.layers):
+            x, aux = layer(x, cos, sin, None if cache is None else cache[i])
+            auxes.append(aux)
+        x = self.model.norm(x)
+        aux = None
+        if self.config.experts:
+            stacked = {key: torch.stack([a[key] for a in auxes]) for key in auxes[0]}
+            aux = {key: value if key == "counts" else value.mean() for key, value in stacked.items()}
+        if targets is None:
+            return self.lm_head(x), None, aux
+        return None, self.cross_entropy(x.flatten(0, 1), targets.flatten()), aux
+
+    def cross_entropy(self, x, targets, most=2**28):
+        """Mean loss of x (B T, D) against targets (B T,). More than `most` logits are never held at once, nor kept for
+        the backward pass: a large vocabulary is worked through in slices, each computed twice."""
+
+        def total(x, targets):
+            return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="sum")
+
+        rows = max(1, most // self.config.vocab_size)
+        if len(x) <= rows:
+            loss = total(x, targets)
+        else:
+            slices = zip(x.split(rows), targets.split(rows))
+            loss = sum(checkpoint(total, *s, use_reentrant=False) for s in slices)
+        return loss / (targets != -100).sum()
+
+    def new_cache(self):
+        return [[] for _ in self.model.layers]
+
+    def num_parameters(self):
+        """{"N", "N_active", "N_total", "embeddings"}: the counts of the README's table of symbols, in parameters."""
+        c = self.config
+        embeddings = self.model.embed_tokens.weight.numel() * (1 if c.tie_word_embeddings else 2)
+        total = sum(p.numel() for p in self.parameters()) - embeddings
+        mlp = 3 * c.hidden_size * c.intermediate_size * c.num_hidden_layers  # one full-width MLP in every layer
+        router = c.hidden_size * c.experts * c.granularity * c.num_hidden_layers
+        dense = total - router - max(c.experts, 1) * mlp  # attention and norms
+        active = dense + router + (c.top_k if c.experts else 1) * mlp
+        return {"N": dense + mlp, "N_active": active, "N_total": total, "embeddings": embeddings}
+
+    def flops_per_token(self, context):
+        """Training FLOPs a token: 6 a parameter of the products it passes (head included, embedding look-up not), and
+        12 layers heads head_dim context for the attention scores (the convention of PaLM, 2204.02311, and nanoGPT)."""
+        c = self.config
+        gains = (2 * c.num_hidden_layers + 1) * c.hidden_size + 2 * c.head_dim * c.num_hidden_layers * c.qk_norm
+        products = self.num_parameters()["N_active"] - gains + c.hidden_size * c.vocab_size
+        return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context
+
+
+def normal(shape, std, seed, layer, expert, matrix, dtype=torch.float32):
+    """Normal numbers that depend on (seed, layer, expert, matrix) and nothing else: not on the order of the work, the
+    number of processes or the device. Drawn on the CPU in fp32."""
+    key = hashlib.sha256(f"{seed} {layer} {expert} {matrix}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
+
+
+@torch.no_grad()
+def init_weights(module, seed):
+    """Draws every weight of `module` anew from `seed`.
+
+    | parameter                            | distribution                                                     |
+    |--------------------------------------|------------------------------------------------------------------|
+    | embed_tokens (the head too, if tied) | normal, 0.02                                                     |
+    | lm_head                              | normal, 0.02                                                     |
+    | q_proj, k_proj, v_proj               | normal, 1 / sqrt(fan-in): unit variance in, unit variance out    |
+    | gate_proj, up_proj, gate_up_proj     | the same                                                         |
+    | o_proj, down_proj                    | the same / sqrt(2 layers): the residual stream keeps its size    |
+    | down_proj of an expert               | fan-in of the full width, x moe.output_scale: as the dense layer |
+    | mlp.gate, the router                 | normal, 0.02 / sqrt(fan-in): logits near 0, as output_scale asks |
+    | norm gains                           | 1                                                                |
+    """
+    c = module.config
+    layers = c.num_hidden_layers
+    for name, p in module.named_parameters():
+        layer = int(name.split(".")[2]) if ".layers." in name else -1
+        if name.endswith("norm.weight"):
+            p.fill_(1)
+            continue
+        std = 0.02 if "embed_tokens" in name or "lm_head" in name else 1 / math.sqrt(p.shape[-1])
+        if ".mlp.gate." in name:
+            std *= 0.02
+        if "o_proj" in name or "down_proj" in name:
+            std /= math.sqrt(2 * layers)
+        if ".experts." not in name:
+            p.copy_(normal(p.shape, std, seed, layer, 0, name.split(".")[-2]))
+            continue
+        matrix = name.split(".")[-1]
+        if matrix == "down_proj":  # drawn as a slice of the full-width matrix would be, then scaled
+            std *= moe.output_scale(c.experts, c.top_k, c.granularity, c.router) / math.sqrt(c.granularity)
+        for e in range(p.shape[0]):
+            p[e].copy_(normal(p.shape[1:], std, seed, layer, e, matrix))
+    return module
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives the path of a new file beside `path` and renames it into place at the end: readers see the old file or the
+    new one, never half of one."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".partial")
+    try:
+        yield beside
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist (a checkpoint folder holds it)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error} (a JSON file)") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+DENSE, MIXTURES = ("llama", "mistral", "qwen3"), ("mixtral", "qwen3_moe")
+
+
+def read_config(folder):
+    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what cannot be said exactly."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
+    h = read_json(folder / "config.json")
+    kind = h.get("model_type")
+
+    def refuse(what):
+        raise ValueError(f"{folder}/config.json: {what}")
+
+    def need(*names):
+        for name in names:
+            if h.get(name) is not None:
+                return h[name]
+        refuse(f"{names[0]} is missing")
+
+    if kind not in DENSE + MIXTURES:
+        refuse(f"model_type {kind!r} is not supported ({', '.join(DENSE + MIXTURES)})")
+    for key, fine in dict(
+        hidden_act=("silu", None), attention_bias=(False, None), mlp_bias=(False, None), quantization_config=(None,),
+        partial_rotary_factor=(1, None), decoder_sparse_step=(1, None), mlp_only_layers=([], None),
+        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None),
+    ).items():  # fmt: skip
+        if h.get(key) not in fine:
+            refuse(f"{key} {h[key]!r} is not supported ({fine[0]!r} is)")
+    if h.get("sliding_window") is not None and h.get("use_sliding_window", True):
+        refuse(f"sliding_window {h['sliding_window']} is not supported (null, or use_sliding_window false)")
+    if any(t != "full_attention" for t in h.get("layer_types") or ()):
+        refuse("layer_types other than full_attention are not supported")
+
+    rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if rope_type == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if any(k not in rope for k in keys):
+            refuse(f"llama3 rope scaling needs {', '.join(keys)}")
+        scaling = {"rope_type": "llama3", **{k: rope[k] for k in keys}}
+    elif rope_type != "default":
+        refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
+    heads, qwen = need("num_attention_heads"), kind.startswith("qwen3")
+    c = Config(
+        vocab_size=need("vocab_size"),
+        hidden_size=need("hidden_size"),
+        intermediate_size=need("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
+        num_hidden_layers=need("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=heads if kind == "llama" and not h.get("num_key_value_heads") else need("num_key_value_heads"),
+        head_dim=h.get("head_dim") or (128 if qwen else need("hidden_size") // heads),
+        max_position_embeddings=h.get("max_position_embeddings", 2048),
+        rms_norm_eps=h.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", h.get("rope_theta", 1e6 if kind == "mixtral" else 1e4))),
+        rope_scaling=scaling,
+        tie_word_embeddings=h.get("tie_word_embeddings", False),
+        qk_norm=qwen,
+        bos_token_id=h.get("bos_token_id"),
+        eos_token_id=h.get("eos_token_id"),
+    )
+    if kind in MIXTURES:
+        G = c.granularity = h.get("granularity", 1)
+        experts, top_k = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
+        if experts % G or top_k % G:
+            refuse(f"granularity {G} does not divide {experts} experts and {top_k} a token")
+        c.experts, c.top_k, c.intermediate_size = experts // G, top_k // G, c.intermediate_size * G
+        if kind == "qwen3_moe" and not h.get("norm_topk_prob", False):
+            c.router = "softmax-topk"
+        c.balance_coef = h.get("router_aux_loss_coef", 0.001) * top_k  # the public loss sums over a token's choices
+    c.check()
+    return c
+
+
+def public_config(c, dtype):
+    """The Hugging Face configuration of Config c, as a dict; rotary settings and dtype in the older spelling and the newer."""
+    kind = ("qwen3_moe" if c.qk_norm else "mixtral") if c.experts else ("qwen3" if c.qk_norm else "llama")
+    name = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[kind]
+    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    same += "max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings bos_token_id eos_token_id"
+    h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(c, k) for k in same.split()}}
+    h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02}
+    h["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
+    h["torch_dtype"] = h["dtype"] = str(dtype).removeprefix("torch.")
+    if kind == "llama":
+        h["mlp_bias"] = False
+    else:
+        h["sliding_window"] = None
+    if c.experts:
+        width, total, chosen = c.intermediate_size // c.granularity, c.experts * c.granularity, c.top_k * c.granularity
+        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": c.balance_coef / chosen, "granularity": c.granularity}
+        if kind == "mixtral":
+            h |= {"num_local_experts": total, "intermediate_size": width}
+        else:
+            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": c.router == "topk-softmax"}
+            h |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return h
+
+
+def public_tensors(c, state):
+    """Yields (public name, tensor) for the state dict of a module of Config c: experts one by one, a tied head left out."""
+    names = ("w1", "w3", "w2") if not c.qk_norm else ("gate_proj", "up_proj", "down_proj")
+    for name, t in state.items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        if c.experts and not c.qk_norm and ".mlp." in name:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        if ".experts.gate_up_proj" in name:
+            prefix = name.removesuffix("gate_up_proj")
+            for e in range(t.shape[0]):
+                gate, up = t[e].chunk(2)
+                yield f"{prefix}{e}.{names[0]}.weight", gate
+                yield f"{prefix}{e}.{names[1]}.weight", up
+        elif ".experts.down_proj" in name:
+            for e in range(t.shape[0]):
+                yield f"{name.removesuffix('down_proj')}{e}.{names[2]}.weight", t[e]
+        else:
+            yield name, t
+
+
+def tensor_files(folder):
+    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        shards = {"model.safetensors"}
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map (tensor name: file name)")
+        shards = set(weight_map.values())
+    else:
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or model.safetensors.index.json and shards)")
+    files = {}
+    for shard in sorted(shards):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{index} names a shard outside the folder: {shard!r}")
+        if not (folder / shard).exists():
+            raise FileNotFoundError(f"{folder / shard} is missing (the index names it)")
+        with opened(folder / shard) as f:
+            files |= dict.fromkeys(f.keys(), folder / shard)
+    return files
+
+
+def opened(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def load(folder, dtype=torch.float32):
+    """The module in a checkpoint folder, with its weights as `dtype`, on the CPU.
+
+    Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        module = Transformer(config)
+    state = {n: p for n, p in module.state_dict().items() if not (n == "lm_head.weight" and config.tie_word_embeddings)}
+    files = tensor_files(folder)
+    fused = [n for n in state if ".experts." in n and n in files]  # some writers keep all experts of a layer in one tensor
+    rest = {n: t for n, t in state.items() if n not in fused}
+    shapes = {n: tuple(state[n].shape) for n in fused} | {n: tuple(t.shape) for n, t in public_tensors(config, rest)}
+    missing = sorted(shapes.keys() - files.keys())
+    extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith("rotary_emb.inv_freq"))
+    if config.tie_word_embeddings:
+        extra = [n for n in extra if n != "lm_head.weight"]
+    for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise ValueError(f"{folder} {word} the tensor {names[0]}{more} (config.json and weights must agree)")
+    weights = {}
+    for path in sorted(set(files.values())):
+        with opened(path) as f:
+            for name in f.keys():
+                if name not in shapes:
+                    continue
+                shape = tuple(f.get_slice(name).get_shape())
+                if shape != shapes[name]:
+                    raise ValueError(f"{path}: {name} has shape {shape} (config.json says {shapes[name]})")
+                weights[name] = f.get_tensor(name).to(dtype)
+    for name, t in rest.items():  # join the experts
+        if ".experts." in name:
+            parts = [weights.pop(n) for n, _ in public_tensors(config, {name: t})]
+            if name.endswith("gate_up_proj"):
+                parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
+            weights[name] = torch.stack(parts)
+        elif name not in weights:  # the router of Mixtral, under its other name
+            weights[name] = weights.pop(next(public_tensors(config, {name: t}))[0])
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    module.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        module.lm_head.weight = module.model.embed_tokens.weight
+    return module
+
+
+def save(module, folder, tokenizer=None, state=None, step=None):
+    """Writes config.json, model.safetensors and, if given, the tokenizer into `folder`; each file is renamed into place.
+
+    state: the weights to write in the place of the module's own (a sharded module has only its part of them).
+    step: a number that goes into the metadata of model.safetensors.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.state_dict() if state is None else state
+    tensors = {n: t.detach().cpu().contiguous() for n, t in public_tensors(module.config, state)}
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_json(folder / "config.json", public_config(module.config, next(iter(tensors.values())).dtype))
+    with replacing(folder / "model.safetensors") as beside:
+        save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, use_cache=True):
+    """Yields up to `tokens` token ids that follow `ids` (a non-empty list of ints), one at a time.
+
+    temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest whose probabilities
+    reach p. Stops after the configuration's eos_token_id. The same seed gives the same text on the same machine.
+    """
+    device = module.lm_head.weight.device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw whatever the device
+    eos = module.config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    training, cache = module.training, module.new_cache() if use_cache else None
+    module.eval()
+    ids = list(ids)
+    fed = 0
+    try:
+        for _ in range(tokens):
+            logits, _, _ = module(torch.tensor([ids[fed:]], device=device), cache=cache)
+            fed = len(ids) if use_cache else 0
+            logits = logits[0, -1].float().cpu()
+            if temperature == 0:
+                token = int(logits.argmax())
+            else:
+                p, order = (logits / temperature).softmax(-1).sort(descending=True)
+                if top_k:
+                    p[top_k:] = 0
+                p[p.cumsum(-1) - p > top_p] = 0  # the token that crosses top_p stays
+                token = int(order[torch.multinomial(p, 1, generator=generator)])
+            ids.append(token)
+            yield token
+            if token in eos:
+                return
+    finally:
+        module.train(training)
+
+
+def main():
+    import data
+
+    parser = argparse.ArgumentParser(
+        description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "', allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("folder", help="checkpoint folder, ours or a public Llama, Mistral, Mixtral, Qwen3 or Qwen3-MoE one")
+    add("--prompt", default="def ", help="text to go on from (default: %(default)r)")
+    add("--tokens", type=int, default=200, help="tokens to sample at most (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to this probability (default: %(default)s)")
+    add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
+    add("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        if args.tokens < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+            raise ValueError("--tokens, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
+        device = pick_device(args.device)
+        tokenizer = data.load_tokenizer(args.folder)
+        ids = tokenizer.encode([args.prompt])[0].tolist()
+        if not ids:
+            raise ValueError("--prompt is empty (give at least one character)")
+        module = load(args.folder).to(device)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    shown = tokenizer.decode(ids)
+    print(shown, end="", flush=True)
+    for token in generate(module, ids, args.tokens, args.temperature, args.top_k, args.top_p, args.seed):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half a character: wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def pick_device(name):
+    """torch.device for auto, cpu, cuda or mps. Raises ValueError if this machine has none."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = "cuda" if have["cuda"] else "mps" if have["mps"] else "cpu"
+    if name not in have:
+        raise ValueError(f"--device {name} is unknown (auto, cpu, cuda, mps)")
+    if not have[name]:
+        raise ValueError(f"--device {name}: this machine has none ({', '.join(k for k, v in have.items() if v)})")
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)

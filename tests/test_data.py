@@ -1,0 +1,536 @@
+"""What data.py promises, on small real data."""
+
+import base64
+import importlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+from tiktoken_ext import openai_public
+
+import data
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+BYTES = data.load_tokenizer("bytes")
+NASTY = r"a b A é ß ñ Ж 中 文 の ா ि 한 🙂 ﬁ ſ ' 's 'S 'LL 'ſ 've n't 1 12 123 1234 ½ ² Ⅷ ٣ _ - -- == // /* . ... { \ "
+NASTY = [*NASTY.split(" "), "<|endoftext|>", "!\n", "\n", "\r", "\r\n", "\n\n ", "\t", "\v", "\f", "\x1c", "\x85"]
+NASTY += ["\xa0", "\u2003", "\u2028", "\u200b", "e\u0301", "\u0301", "\ufeff", "\U0001f469\u200d\U0001f467", "   "]
+
+
+def transformers():
+    """The library, or a skip; with REGROW_NO_SKIP=1 a failure."""
+    if os.environ.get("REGROW_NO_SKIP") == "1":
+        return importlib.import_module("transformers")
+    return pytest.importorskip("transformers")
+
+
+def real_texts():
+    """A sample of the standard library, and 300 random lists of what is hard to split."""
+    rng = random.Random(0)
+    hard = [rng.choice(("", " ", "  ")).join(rng.choices(NASTY, k=rng.randint(0, 12))) for _ in range(300)]
+    files = sorted(STDLIB.glob("*.py"))[::10] + [STDLIB / "test/test_unicodedata.py"]
+    real = [file.read_text("utf-8") for file in files if file.exists()]
+    return hard + NASTY + ["", " ", "\n", "   ", "x  ", "  \n\n  x\n"] + real
+
+
+def train_ranks(texts, split, merges):
+    """A small byte-pair encoding: {bytes: rank} and the merges that made them."""
+    words = Counter(word.encode() for text in texts for word in regex.findall(split, text))
+    words = {word: [bytes([b]) for b in word] for word in words}, words
+    ranks, made = {bytes([b]): b for b in range(256)}, []
+    for rank in range(256, 256 + merges):
+        pairs = Counter()
+        for word, parts in words[0].items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[1][word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[best[0] + best[1]] = rank
+        made.append(best)
+        for word, parts in words[0].items():
+            if best[0] + best[1] in word:
+                joined, i = [], 0
+                while i < len(parts):
+                    step = 2 if tuple(parts[i : i + 2]) == best else 1
+                    joined.append(b"".join(parts[i : i + step]))
+                    i += step
+                words[0][word] = joined
+    return ranks, made
+
+
+SMALL = [(STDLIB / f).read_text("utf-8") for f in ("argparse.py", "textwrap.py")] + [" ".join(NASTY) * 3]
+RANKS, MERGES = train_ranks(SMALL, data.GPT2_SPLIT, 400)
+
+
+def public_encodings(monkeypatch):
+    """tiktoken's published encodings, one a pattern, with their own special tokens but small ranks."""
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: RANKS)
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *args, **kwargs: RANKS)
+    encodings = {name: constructor() for name, constructor in openai_public.ENCODING_CONSTRUCTORS.items()}
+    for name, parts in {parts["pat_str"]: (name, parts) for name, parts in encodings.items()}.values():
+        special = parts["special_tokens"]
+        yield data.make_tokenizer(name, parts["pat_str"], RANKS, special, special["<|endoftext|>"])
+
+
+def without_special(texts, tokenizer):
+    return [t for t in texts if tokenizer.bpe is None or not any(s in t for s in tokenizer.bpe._special_tokens)]
+
+
+def assert_same_ids(tokenizer, folder):
+    """`transformers` opens the folder and agrees about every text without special tokens in it, and back."""
+    public = transformers().AutoTokenizer.from_pretrained(folder)
+    texts = without_special(real_texts(), tokenizer)
+    if tokenizer is BYTES:
+        texts = [t for t in texts if len(t) < 9999]
+    for text, ids in zip(texts, tokenizer.encode(texts)):
+        theirs = public.encode(text, add_special_tokens=False)
+        assert theirs == ids.tolist(), text[:200]
+        assert public.decode(theirs) == tokenizer.decode(ids) == (text if not tokenizer.nfc else tokenizer.decode(ids))
+    assert public.eos_token_id == tokenizer.eot
+    return public
+
+
+@pytest.mark.parametrize("family", [None, "llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
+def test_saved_bytes_tokenizer_gives_the_same_ids_in_transformers(tmp_path, family):
+    BYTES.save(tmp_path)
+    if family:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    public = assert_same_ids(BYTES, tmp_path)
+    assert public.encode("a\0b") == [97, 0, 98]
+    assert data.load_tokenizer(str(tmp_path)) == BYTES
+
+
+def test_saved_tiktoken_encodings_give_the_same_ids_in_transformers(tmp_path, monkeypatch):
+    for tokenizer in public_encodings(monkeypatch):
+        folder = tmp_path / tokenizer.name
+        folder.mkdir()
+        tokenizer.save(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        assert_same_ids(tokenizer, folder)
+        again = data.load_tokenizer(str(folder))
+        assert (again.key, again.vocab_size, again.eot) == (tokenizer.key, tokenizer.vocab_size, tokenizer.eot)
+
+
+def test_rank_file_is_split_as_llama3_and_saved_for_transformers(tmp_path):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in RANKS.items()))
+    tokenizer = data.load_tokenizer(str(file))
+    assert (tokenizer.vocab_size, tokenizer.eot) == (len(RANKS) + 1, len(RANKS))
+    assert data.load_tokenizer(str(tmp_path)).key == tokenizer.key  # the folder of Meta's own release
+    tokenizer.save(tmp_path)
+    assert_same_ids(tokenizer, tmp_path)
+    assert data.load_tokenizer(str(tmp_path)).key == tokenizer.key
+
+
+def test_128000_ranks_are_llama3(tmp_path):
+    tokens = [bytes([b]) for b in range(256)] + [b"%06d" % i for i in range(128000 - 256)]
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    )
+    tokenizer = data.load_tokenizer(str(tmp_path / "tokenizer.model"))
+    assert (tokenizer.vocab_size, tokenizer.eot) == (128256, 128001)
+    names = tokenizer.decode([128000, 128001, 128002, 128005, 128006, 128007, 128008, 128009, 128010, 128255])
+    assert names == (
+        "<|begin_of_text|><|end_of_text|><|reserved_special_token_0|><|reserved_special_token_3|><|start_header_id|>"
+        "<|end_header_id|><|reserved_special_token_4|><|eot_id|><|reserved_special_token_5|><|reserved_special_token_250|>"
+    )
+
+
+LLAMA3 = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": data.LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}  # fmt: skip
+QWEN = json.loads(json.dumps(LLAMA3).replace("{1,3}", ""))
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SMOLLM = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
+LAYOUTS = {"gpt2": (GPT2, None), "smollm": (SMOLLM, None), "llama3": (LLAMA3, None), "qwen": (QWEN, {"type": "NFC"})}
+
+
+def write_public(folder, splitter, norm, **changes):
+    """A tokenizer.json as published: one merge a token."""
+    tokenizer = data.make_tokenizer("x", data.GPT2_SPLIT, RANKS, {"<|endoftext|>": 700, "<|im_end|>": 701}, 700)
+    tokenizer.save(folder)
+    public = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    public["pre_tokenizer"], public["normalizer"] = splitter, norm
+    public["model"]["merges"] = [["".join(data.CHAR[b] for b in part) for part in merge] for merge in MERGES]
+    public["model"]["ignore_merges"] = False
+    for key, value in changes.items():
+        (public if key in public else public["model"])[key] = value
+    (folder / "tokenizer.json").write_text(json.dumps(public))
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_public_tokenizer_json_gives_the_same_ids_as_transformers(tmp_path, layout):
+    write_public(tmp_path, *LAYOUTS[layout])
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.eot) == (702, 700)
+    assert_same_ids(tokenizer, tmp_path)
+
+
+REFUSED = {
+    "Unigram": {"model": {"type": "Unigram", "vocab": []}},
+    "byte_fallback": {"byte_fallback": True},
+    "add_prefix_space": {"pre_tokenizer": GPT2 | {"add_prefix_space": True}},
+    "Metaspace": {"pre_tokenizer": {"type": "Metaspace", "replacement": "_"}},
+    "Lowercase": {"normalizer": {"type": "Lowercase"}},
+    "another order": {"merges": [[data.CHAR[x] for b in m for x in b] for m in MERGES if len(m[0] + m[1]) == 2][::-1]},
+    "do not make": {"merges": []},
+    "no byte-level": {"vocab": {"中": 0}},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_tokenizer_json_that_tiktoken_cannot_represent_is_refused_by_name(tmp_path, what):
+    write_public(tmp_path, GPT2, None, **REFUSED[what])
+    with pytest.raises(ValueError, match=what):
+        data.load_tokenizer(str(tmp_path))
+
+
+def test_sentencepiece_and_unknown_tokenizers_are_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(ValueError, match="SentencePiece.*train.bin"):
+        data.load_tokenizer(str(tmp_path / "tokenizer.model"))
+    with pytest.raises(FileNotFoundError, match="did you mean gpt2"):
+        data.load_tokenizer("gtp2")
+    (tmp_path / "tokenizer.json").write_text('{"class_name": "Tokenizer"}')
+    with pytest.raises(ValueError, match="no byte-level"):
+        data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_bytes_without_a_token_are_dropped_as_transformers_does(tmp_path):
+    """SmolLM2 has no token for 21 of the bytes."""
+    write_public(tmp_path, *LAYOUTS["smollm"])
+    public = json.loads((tmp_path / "tokenizer.json").read_text())
+    del public["model"]["vocab"][data.CHAR[7]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(public))
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    assert tokenizer.vocab_size == 702
+    assert tokenizer.decode(tokenizer.encode(["ring \a bell"])[0]) == "ring  bell"
+    theirs = transformers().AutoTokenizer.from_pretrained(tmp_path).encode("ring \a bell")
+    assert theirs == tokenizer.encode(["ring \a bell"])[0].tolist()
+
+
+def test_public_files_are_copied_along_and_name_the_end(tmp_path):
+    write_public(tmp_path, GPT2, None)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}, "chat": "kept"}')
+    tokenizer = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.eot == 701
+    (tmp_path / "child").mkdir()
+    tokenizer.save(tmp_path / "child")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "child" / file).read_bytes() == (tmp_path / file).read_bytes()
+    assert data.load_tokenizer(str(tmp_path / "child")).key == tokenizer.key
+
+
+def test_text_is_text_and_round_trips(monkeypatch):
+    for tokenizer in [BYTES, *public_encodings(monkeypatch)]:
+        texts = real_texts()
+        for text, ids in zip(texts, tokenizer.encode(texts)):
+            assert tokenizer.decode(ids) == text
+        if tokenizer is not BYTES:
+            assert tokenizer.eot not in tokenizer.encode(["<|endoftext|>"])[0]
+    assert BYTES.decode(torch.tensor([104, 105, 9999])) == "hi\ufffd"
+
+
+def test_pieces_of_a_long_text_encode_as_the_whole(monkeypatch):
+    text = "\n".join(SMALL).replace("\n    ", "\n")
+    for tokenizer in public_encodings(monkeypatch):
+        pieces = [piece.decode() for piece, _ in data.cut_long(text.encode(), size=100)]
+        assert len(pieces) > 50 and "".join(pieces) == text
+        assert np.concatenate(tokenizer.encode(pieces)).tolist() == tokenizer.encode([text])[0].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def make(tmp_path, spec, tokenizer=BYTES):
+    return data.prepare(spec, tokenizer, tmp_path / "cache", quiet=True)
+
+
+def toy(name, tokens, weight=1.0, vocab_size=256):
+    rng = np.random.default_rng(len(name))
+    train = rng.integers(0, vocab_size, tokens, dtype=np.uint16)
+    return data.Corpus(name, weight, train, train[: tokens // 4], 1.0, vocab_size, {"sha256": name})
+
+
+def test_python_corpus_needs_no_download_and_caches(tmp_path):
+    corpus, other = make(tmp_path, "python:3,cpp:0")
+    assert 7e6 < corpus.about["bytes"] < 12e6 and corpus.bytes_per_token == 1
+    assert (corpus.weight, other.weight) == (1, 0)
+    assert 0.03 < len(corpus.val) / (len(corpus.val) + len(corpus.train)) < 0.06
+    assert "test" not in {p for _, path in data.list_files("python") for p in path.parts[:-1]}
+    assert corpus.about["source"].startswith("python 3") and "torch" in other.about["source"]
+    stamp = (tmp_path / "cache").stat().st_mtime_ns
+    again = make(tmp_path, "python")[0]
+    assert again.about == corpus.about and (tmp_path / "cache").stat().st_mtime_ns == stamp
+
+
+def test_requirements_are_the_packages():
+    wanted = (Path(data.__file__).parent / "requirements.txt").read_text().split("\n")
+    assert {line.split(">")[0].split()[0] for line in wanted if line} == {*data.PACKAGES} - {"_pytest"}
+
+
+def test_english_is_prose_of_the_packages_and_no_code_of_python(tmp_path):
+    code = '"""Module."""\ndef f():\n    """Says\n    this."""\n    return "code"\n'
+    package = write(tmp_path, {"a.py": code, "b.py": "x ="})
+    assert data.read_docstrings(package / "a.py") == b"Module.\n\nSays\nthis."
+    assert data.read_docstrings(package / "b.py") is None
+    assert b"lambda" in data.read_docstrings(STDLIB / "pydoc_data/topics.py")
+    assert not {*data.list_files("english")} & {*data.list_files("python")}
+
+
+def test_validation_takes_whole_files_by_the_hash_of_their_name(tmp_path):
+    texts = {f"{i:02}.txt": f"file {i} " * 50 for i in range(60)}
+    corpus = make(tmp_path, str(write(tmp_path / "notes", texts)))[0]
+    train, val = (BYTES.decode(part).split("\0")[:-1] for part in (corpus.train, corpus.val))
+    assert sorted(train + val) == sorted(texts.values()) and 2 <= len(val) <= 3
+    del texts["00.txt"]  # another file does not move the others
+    (tmp_path / "notes/00.txt").unlink()
+    fewer = BYTES.decode(make(tmp_path, str(tmp_path / "notes"))[0].val).split("\0")[:-1]
+    assert len({*fewer} & {*val}) >= len(val) - 1
+
+
+def test_a_single_file_gives_its_tail_from_the_start_of_a_line(tmp_path):
+    text = "".join(f"line {i} é\n" for i in range(1000))
+    corpus = make(tmp_path, str(write(tmp_path, {"a.txt": text}) / "a.txt"))[0]
+    train, val = (BYTES.decode(part) for part in (corpus.train, corpus.val))
+    assert train[:-1] + val[:-1] == text and val.startswith("line") and 0.04 < len(val) / len(text) < 0.06
+    train, val = data.split_documents([("x", "é".encode() * 1000)])  # neither lines nor one-byte characters
+    assert (train[0] + val[0]).decode() == "é" * 1000 and len(val[0]) == 100
+
+
+def test_documents_empty_and_copied_are_skipped_and_counted(tmp_path):
+    texts = {"a.txt": "one " * 99, "b.txt": "one " * 99, "c.txt": "", "d/e.txt": "two " * 99, ".hidden": "x"}
+    write(tmp_path / "d", texts)
+    about = make(tmp_path, str(tmp_path / "d"))[0].about
+    assert about["skipped"] == {"copies": 1, "empty": 1} and (about["files"], about["documents"]) == (4, 2)
+    glob = make(tmp_path, f"{tmp_path}/d/**/e*.txt")[0]
+    assert glob.name == "d" and glob.about["documents"] == 1
+
+
+def test_jsonl_documents_are_its_text_fields(tmp_path):
+    lines = [json.dumps({"text": f"document {i} \u2028 <|endoftext|>"}) for i in range(100)]
+    corpus = make(tmp_path, "j=" + str(write(tmp_path, {"a.jsonl": "\n".join(lines) + "\n"}) / "a.jsonl"))[0]
+    assert corpus.name == "j" and corpus.about["documents"] == 100
+    assert BYTES.decode(corpus.train[:40]).startswith("document 0 \u2028 <|endoftext|>\0document 1")
+
+
+def test_bits_per_byte_count_an_end_as_a_byte_for_every_tokenizer(tmp_path, monkeypatch):
+    folder = write(tmp_path / "d", {f"{i}.txt": f"some words {i}\n" * 9 for i in range(99)})
+    tokenizer = next(public_encodings(monkeypatch))
+    (a,), (b,) = make(tmp_path, str(folder)), make(tmp_path, str(folder), tokenizer)
+    assert len(a.val) == pytest.approx(len(b.val) * b.bytes_per_token)
+    assert BYTES.decode(a.val).replace("\0", "<|endoftext|>") == tokenizer.decode(b.val)
+
+
+def write_ready(folder, train, val, dtype="uint16", **meta):
+    content = {"dtype": dtype, "vocab_size": 300, "bytes_per_token": 4.0} | meta
+    return write(folder, {"train.bin": train, "val.bin": val, "meta.json": json.dumps(content)})
+
+
+def test_ready_tokens_are_read_in_place(tmp_path):
+    tokens = np.arange(300, dtype="<u4")
+    folder = write_ready(tmp_path / "r", tokens.tobytes(), tokens[:50].tobytes(), "uint32")
+    corpus = make(tmp_path, str(folder), data.load_tokenizer("ids:300"))[0]
+    assert corpus.train.tolist() == tokens.tolist() and len(corpus.val) == 50 and corpus.bytes_per_token == 4
+    assert not [*tmp_path.glob("cache/*/*.bin")]
+    tokens[7] = 300
+    write_ready(folder, tokens.tobytes(), tokens[:50].tobytes(), "uint32")
+    with pytest.raises(ValueError, match="token 300"):
+        make(tmp_path, str(folder), data.load_tokenizer("ids:300"))
+
+
+U2 = np.arange(300, dtype="<u2").tobytes()
+BAD = {  # files, specification, words
+    "unknown corpus": ({}, "pyhton", "did you mean python"),
+    "missing file": ({}, "{}/none.txt", "no file"),
+    "missing glob": ({}, "{}/*.txt", "no file"),
+    "empty file": ({"a.txt": ""}, "{}/a.txt", "empty"),
+    "blank file": ({"a.txt": " \n"}, "{}/a.txt", "no text"),
+    "empty folder": ({"d/.hidden": "x"}, "{}/d", "no file"),
+    "not UTF-8": ({"a.txt": b"abc\xff" * 99}, "{}/a.txt", "not UTF-8 text at byte 3"),
+    "not UTF-8 in a folder": ({"d/a.txt": b"abc\xff" * 99, "d/b.txt": "b" * 99}, "{}/d", "not UTF-8"),
+    "jsonl without text": ({"a.jsonl": '{"text": "a"}\n{"t": 1}\n'}, "{}/a.jsonl", "line 2"),
+    "jsonl no json": ({"a.jsonl": "text"}, "{}/a.jsonl", "line 1"),
+    "a few bytes": ({"a.txt": "few"}, "{}/a.txt", "3 bytes"),
+    "a name twice": ({"a.txt": "a"}, "{0}/a.txt,a={0}/a.txt", "two corpora of the name 'a'"),
+    "zero weights": ({}, "python:0,cpp:0", "all weights are zero"),
+    "negative weight": ({}, "python:-1", "weight -1"),
+    "weight no number": ({}, "python:much", "'much'"),
+    "weight nan": ({}, "python:nan", "nan"),
+    "weights for some": ({}, "python:1,cpp", "some corpora only"),
+    "empty part": ({}, "python,,cpp", "no source in ''"),
+    "odd bin": ({"r/train.bin": U2 + b"x", "r/val.bin": U2}, "{}/r", "has 601 bytes"),
+    "no val.bin": ({"r/train.bin": U2}, "{}/r", "val.bin"),
+    "id beyond vocabulary": ({"r/train.bin": U2, "r/val.bin": U2}, "{}/r", "token 299"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sources_are_refused_with_a_remedy_and_leave_nothing(tmp_path, case, capsys, monkeypatch):
+    files, spec, words = BAD[case]
+    write(tmp_path, files)
+    if (tmp_path / "r").exists():
+        write(tmp_path, {"r/meta.json": '{"dtype": "uint16", "vocab_size": 200, "bytes_per_token": 1}'})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        make(tmp_path, spec.format(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        data.main([spec.format(tmp_path)])
+    error = capsys.readouterr().err.strip().split("\n")
+    assert status.value.code == 2 and len(error) == 2
+    assert error[0].startswith("usage: ") and error[1].startswith("data.py: error: ") and words in error[1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+WRONG_FLAGS = (["--tok", "bytes"], ["--context", "0"], ["--context", "x"], ["--context", "9e9"], ["--tokenizer", "gtp"])
+
+
+@pytest.mark.parametrize("arguments", WRONG_FLAGS)
+def test_bad_flags_end_in_two_lines_and_status_2(tmp_path, arguments, capsys):
+    with pytest.raises(SystemExit) as status:
+        data.main(["python", *arguments, "--cache", str(tmp_path / "cache")])
+    assert status.value.code == 2 and "data.py: error: " in capsys.readouterr().err
+
+
+def test_the_command_describes_a_corpus(tmp_path, capsys):
+    file = write(tmp_path, {"poem.txt": "the rain in spain\n" * 2000}) / "poem.txt"
+    data.main([str(file), "--context", "6_4", "--cache", str(tmp_path / "cache")])
+    shown = capsys.readouterr().out
+    for words in ("poem: ", "36,000 bytes", "3-gram", "| the rain in spain", "windows of 64"):
+        assert words in shown
+
+
+def test_processes_that_prepare_at_once_do_not_disturb_each_other(tmp_path):
+    write(tmp_path, {f"d/{i}.txt": f"text {i} " * 999 for i in range(99)})
+    command = "import data; c = data.prepare('d', data.load_tokenizer('bytes'), quiet=True)[0]; print(c.train.sum())"
+    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    start = lambda: subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path, env=env, stdout=-1, text=True)
+    sums = [process.communicate()[0] for process in [start(), start()]]
+    assert sums[0] == sums[1] != ""
+    assert len([*(tmp_path / "data").iterdir()]) == 1
+
+
+def test_a_preparation_that_fails_leaves_nothing(tmp_path):
+    write(tmp_path, {"a.txt": "text\n" * 999})
+    broken = data.Tokenizer("ids:9", 9, None, "ids:9")
+    with pytest.raises(ValueError, match="cannot encode"):
+        make(tmp_path, str(tmp_path / "a.txt"), broken)
+    assert not (tmp_path / "cache").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_reads_every_window_once_and_the_next_one_in_another_order():
+    reader = data.Reader([toy("a", 1601)], 16, seed=1)
+    first, second = reader.take(100), reader.take(100)
+    assert sorted(first) == sorted(second) == [(0, w) for w in range(100)] and first != second
+    ids, targets = reader.load(first[:3])
+    assert ids.dtype == torch.int64 and ids.shape == targets.shape == (3, 16)
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    w = first[0][1]
+    assert ids[0].tolist() + [targets[0, -1]] == reader.corpora[0].train[16 * w : 16 * w + 17].tolist()
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (0.5, 0.5), (1.0, 0.0), (0.25, 0.7, 0.05), (0.0, 1.0)])
+def test_every_stretch_has_the_shares_of_the_weights(weights):
+    reader = data.Reader([toy("abc"[i] * (i + 1), 999, w) for i, w in enumerate(weights)], 16, seed=3)
+    picks = np.array([k for k, _ in reader.take(5000)])
+    for n in (10, 100, 1000):
+        for start in range(0, 4000, 37):
+            shares = np.bincount(picks[start : start + n], minlength=len(weights))
+            assert abs(shares - n * np.array(weights)).max() < 4
+
+
+def test_half_and_half_reads_what_the_whole_reads():
+    mixture = lambda: [toy("a", 3201, 0.6), toy("bb", 1601, 0.4)]
+    whole = data.Reader(mixture(), 16, seed=5).take(300)
+    parent = data.Reader(mixture(), 16, seed=5)
+    half = parent.take(150)
+    child = data.Reader(mixture(), 16, 5, parent.sequence, parent.read)
+    assert half + child.take(150) == whole
+    ranks = data.Reader(mixture(), 16, seed=5)  # in batches of any size
+    assert sum((ranks.take(n) for n in (1, 2, 97, 200)), []) == whole
+
+
+def step(seed, sha="a", **tokens):
+    read = {name: {"weight": 1.0, "tokens": n, "sha256": sha} for name, n in tokens.items()}
+    return {"step": "train", "seed": seed, "data": read, "settings": {"context": 16, "tokenizer": "bytes"}}
+
+
+def test_position_counts_the_whole_lineage_and_keeps_its_first_seed():
+    corpora = [toy("a", 999), toy("bb", 999)]
+    lineage = [{"step": "source", "name": "x"}, step(7, a=160), {"step": "upcycle", "seed": 1}, step(8, a=32, c=64)]
+    assert data.position(lineage, corpora, 16, "bytes") == (7, 16, {"a": 12, "bb": 0}, [])
+    assert data.position([], corpora, 16, "bytes") == (None, 0, {}, [])
+
+
+def test_position_starts_anew_with_another_context_or_text_and_says_so():
+    corpora = [toy("a", 999)]
+    seed, sequence, read, notes = data.position([step(7, a=160)], corpora, 32, "bytes")
+    assert (seed, sequence, read) == (7, 0, {}) and "context 16 became 32" in notes[0]
+    seed, sequence, read, notes = data.position([step(7, a=160)], corpora, 16, "gpt2")
+    assert (sequence, read) == (0, {}) and "tokenizer bytes became gpt2" in notes[0]
+    older = step(6, a=160)
+    older["settings"]["context"] = 8
+    assert data.position([older, step(7, a=160)], corpora, 16, "bytes")[:3] == (6, 10, {"a": 10})
+    seed, sequence, read, notes = data.position([step(7, sha="old", a=160), step(7, a=16)], corpora, 16, "bytes")
+    assert (sequence, read) == (11, {"a": 1}) and "a has changed" in notes[0]
+
+
+def test_validation_windows_are_fixed_and_evenly_spaced():
+    corpus = toy("a", 4 * 300_000)
+    ids, targets = data.validation_windows(corpus, 100)
+    assert ids.shape == (data.EVAL_TOKENS // 100, 100) and torch.equal(ids, data.validation_windows(corpus, 100)[0])
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    assert ids[0].tolist() == corpus.val[:100].tolist()
+    small = toy("a", 4 * 1000)
+    assert data.validation_windows(small, 100)[0].shape == (9, 100)
+    for call in (lambda: data.validation_windows(small, 1000), lambda: data.Reader([small], 4000, 1)):
+        with pytest.raises(ValueError, match="too few tokens for the context"):
+            call()
+
+
+def slow_witten_bell(train, window, V):
+    """The formula of `ngram_losses`, one target at a time."""
+    counts = [Counter(tuple(train[i : i + n]) for i in range(len(train) - n + 1)) for n in (1, 2, 3)]
+    losses = np.zeros((3, len(window) - 1))
+    for j in range(1, len(window)):
+        p = 1 / V
+        for n in (1, 2, 3):
+            if j >= n - 1:
+                h = tuple(window[j - n + 1 : j])
+                follow = {gram[-1]: c for gram, c in counts[n - 1].items() if gram[:-1] == h}
+                if follow:
+                    p = (follow.get(window[j], 0) + len(follow) * p) / (sum(follow.values()) + len(follow))
+            losses[n - 1, j - 1] = -math.log(p)
+    return losses.mean(1)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 256, 2**20])
+def test_ngram_losses_equal_the_formula(vocab_size):
+    rng = np.random.default_rng(0)
+    train = (rng.integers(0, 5, 300) ** 2 % 5 * (vocab_size // 5)).astype(np.uint32)
+    val = (rng.integers(0, 5, 49) ** 2 % 5 * (vocab_size // 5)).astype(np.uint32)
+    corpus = data.Corpus("a", 1.0, train, val, 1.0, vocab_size, {})
+    windows = [val[i : i + 13].tolist() for i in (0, 12, 24, 36)]
+    slow = np.mean([slow_witten_bell(train.tolist(), window, vocab_size) for window in windows], 0)
+    assert data.ngram_losses(corpus, 12) == pytest.approx(slow.tolist())

@@ -1,0 +1,284 @@
+"""Claims about the mixture-of-experts layer of moe.py."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moe
+
+BOTH = pytest.mark.parametrize("router", moe.ROUTERS)
+FAST = pytest.mark.parametrize("fast", [moe.loop, moe.grouped], ids=["loop", "grouped"])
+
+
+def layer(D=32, width=64, E=4, K=2, G=1, router="topk-softmax", C=None, dtype=torch.float32, seed=0):
+    """A layer filled with normals: a small router, experts as wide as a dense layer's, down_proj times output_scale."""
+    torch.manual_seed(seed)
+    m = moe.MoE(D, width, E, K, G, router, C).to(dtype)
+    with torch.no_grad():
+        m.gate.weight.normal_(0, 0.02 * D**-0.5)
+        m.experts.gate_up_proj.normal_(0, D**-0.5)
+        m.experts.down_proj.normal_(0, moe.output_scale(E, K, G, router) * width**-0.5)
+    return m
+
+
+def problem(T, D, E, K, width, dtype=torch.float32, used=None):
+    """Arguments of the dispatch functions; only the first `used` experts are chosen."""
+    torch.manual_seed(0)
+    logit_TE = torch.randn(T, E)
+    logit_TE[:, used or E :] = -math.inf
+    top_TK, expert_TK = logit_TE.topk(K)
+    x, gate_up, down = torch.randn(T, D), torch.randn(E, 2 * width, D) * D**-0.5, torch.randn(E, D, width) * width**-0.5
+    score_TK = top_TK.softmax(-1).to(torch.promote_types(dtype, torch.float32))
+    return x.to(dtype), score_TK, expert_TK, gate_up.to(dtype), down.to(dtype)
+
+
+def run(compute, arguments):
+    """Output and gradients with respect to tokens, scores and both expert matrices."""
+    leaves = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in arguments]
+    y = compute(*leaves)
+    wanted = [a for a in leaves if a.requires_grad]
+    return [y, *torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))]
+
+
+def error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+SHAPES = {  # T, D, E, K, width of an expert, experts in use
+    "E 8 K 2": (96, 32, 8, 2, 48, None),
+    "64 narrow experts, 16 a token": (40, 32, 64, 16, 8, None),
+    "K = E": (24, 16, 4, 4, 24, None),
+    "one expert": (24, 16, 1, 1, 24, None),
+    "one token": (1, 16, 8, 2, 24, None),
+    "one token, one choice": (1, 16, 8, 1, 24, None),
+    "empty experts": (40, 32, 16, 2, 24, 3),
+    "one expert takes all": (40, 32, 8, 1, 24, 1),
+}
+
+
+@FAST
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
+def test_fast_path_equals_reference_with_all_gradients(fast, shape, dtype, tolerance):
+    if fast is moe.grouped and dtype == torch.float64:
+        pytest.skip("grouped_mm knows no float64; the layer takes the loop")
+    arguments = problem(*shape[:5], dtype, used=shape[5])
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = run(moe.reference, [a.to(wide) if a.is_floating_point() else a for a in arguments])
+    for got, want in zip(run(fast, arguments), expected):
+        assert error(got, want) < tolerance
+
+
+@FAST
+def test_experts_nobody_visits_get_zero_gradients(fast):
+    _, _, _, dgate_up, ddown = run(fast, problem(40, 32, 16, 2, 24, used=3))
+    assert dgate_up[3:].eq(0).all() and ddown[3:].eq(0).all() and dgate_up[:3].ne(0).any()
+
+
+@BOTH
+def test_gradients_agree_with_finite_differences_in_float64(router):
+    m = layer(D=6, width=8, E=3, K=2, G=2, router=router, dtype=torch.float64)
+    with torch.no_grad():
+        m.gate.weight.normal_()  # far from ties, so that no choice changes within the step of the difference
+    names = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
+
+    def f(x, *weights):
+        y, aux = torch.func.functional_call(m, dict(zip(names, weights)), (x,))
+        return y, aux["balance_loss"], aux["z_loss"]
+
+    weights = [m.get_parameter(n).detach().requires_grad_() for n in names]
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, (x, *weights))
+
+
+def test_one_expert_is_the_dense_layer():
+    m, x = layer(E=1, K=1, router="softmax-topk"), torch.randn(2, 9, 32)
+    gate, up = m.experts.gate_up_proj[0].detach().chunk(2)
+    dense = [w.clone().requires_grad_() for w in (gate, up, m.experts.down_proj[0].detach())]
+    x_dense, x_moe = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y_dense = F.linear(F.silu(F.linear(x_dense, dense[0])) * F.linear(x_dense, dense[1]), dense[2])
+    y_moe, _ = m(x_moe)
+    y_dense.square().sum().backward()
+    y_moe.square().sum().backward()
+    torch.testing.assert_close(y_moe, y_dense, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x_moe.grad, x_dense.grad, rtol=1e-6, atol=1e-5)
+    want = torch.cat([dense[0].grad, dense[1].grad])
+    assert error(m.experts.gate_up_proj.grad[0], want) < 1e-6
+    assert error(m.experts.down_proj.grad[0], dense[2].grad) < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("K", [1, 2, 3, 4])
+@pytest.mark.parametrize("G", [1, 2, 4, 8])
+def test_output_starts_with_the_variance_of_the_dense_layer(router, K, G):
+    if K * G == 1 and router == "topk-softmax":
+        pytest.skip("refused: no router gradient")
+    D, width, T = 64, 128, 1024
+    m, x = layer(D, width, 8, K, G, router), torch.randn(T, D)
+    gate, up, down = torch.randn(width, D) * D**-0.5, torch.randn(width, D) * D**-0.5, torch.randn(D, width)
+    dense = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T * width**-0.5
+    assert abs(m(x)[0].var() / dense.var() - 1) < 0.2
+
+
+@BOTH
+def test_ties_go_to_the_lower_index(router):
+    m = layer(E=16, K=4, G=4, router=router)
+    with torch.no_grad():
+        m.gate.weight.copy_(m.gate.weight[::4].repeat_interleave(4, dim=0))  # neighbours share a row, as in upcycling
+    _, expert_TK, _ = m.route(torch.randn(500, 32))
+    teams = expert_TK.view(500, 4, 4)
+    assert (teams == teams[:, :, :1] + torch.arange(4)).all() and (teams[:, :, 0] % 4 == 0).all()
+    torch.nn.init.zeros_(m.gate.weight)
+    assert (m.route(torch.randn(500, 32))[1] == torch.arange(16)).all()
+
+
+@BOTH
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_losses_of_a_uniform_router(router, K):
+    m = layer(E=4, K=K, G=2, router=router)
+    torch.nn.init.zeros_(m.gate.weight)
+    _, aux = m(torch.randn(3, 7, 32))
+    assert aux["balance_loss"].item() == pytest.approx(1)
+    assert aux["z_loss"].item() == pytest.approx(math.log(8) ** 2)
+    assert aux["entropy"].item() == pytest.approx(math.log(8))
+    assert aux["counts"].tolist() == [21] * (2 * K) + [0] * (8 - 2 * K) and aux["dropped"] == 0
+
+
+def test_balance_loss_of_a_collapsed_router_is_E_over_K():
+    m = layer(E=8, K=2)
+    with torch.no_grad():
+        m.gate.weight.zero_()[:2, 0] = 50.0
+    _, aux = m(torch.ones(16, 32))
+    assert aux["balance_loss"].item() == pytest.approx(4, rel=1e-4) and aux["counts"].tolist() == [16, 16] + [0] * 6
+
+
+def test_capacity_drops_the_lowest_scores_and_does_not_renormalise():
+    expert_TK = torch.tensor([[0, 1]] * 8)
+    score_TK = torch.stack([torch.arange(8) / 10, 1 - torch.arange(8) / 10], dim=1)
+    keep = moe.within_capacity(score_TK, expert_TK, 4, 3)
+    assert keep.T.tolist() == [[False] * 5 + [True] * 3, [True] * 3 + [False] * 5]
+    assert moe.within_capacity(torch.ones(8, 2), expert_TK, 4, 3).T.tolist() == [[True] * 3 + [False] * 5] * 2
+
+
+@BOTH
+@pytest.mark.parametrize("C, capacity", [(1.0, 4), (0.75, 3)])
+def test_capacity_in_training_only(router, C, capacity):
+    m, x = layer(E=4, K=2, router=router, C=C), torch.randn(8, 32)
+    torch.nn.init.zeros_(m.gate.weight)  # every token chooses experts 0 and 1
+    y, aux = m(x)
+    free = layer(E=4, K=2, router=router)
+    torch.nn.init.zeros_(free.gate.weight)
+    want = free(x)[0]
+    torch.testing.assert_close(y[:capacity], want[:capacity])
+    assert y[capacity:].eq(0).all() and aux["dropped"].item() == 1 - capacity / 8
+    assert aux["counts"].tolist() == [8, 8, 0, 0]
+    m.eval()
+    y, aux = m(x)
+    torch.testing.assert_close(y, want)
+    assert aux["dropped"] == 0
+
+
+@BOTH
+def test_plenty_of_capacity_changes_nothing(router):
+    x = torch.randn(50, 32)
+    torch.testing.assert_close(layer(router=router, C=4.0)(x)[0], layer(router=router)(x)[0])
+
+
+@BOTH
+def test_autocast_computes_experts_in_bfloat16_and_the_router_in_float32(router):
+    m, x = layer(E=4, K=2, G=2, router=router), torch.randn(2, 50, 32)
+    y, aux = m(x)
+    exact = torch.autograd.grad(y.square().sum(), m.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y16, aux16 = m(x)
+    assert y16.dtype == torch.bfloat16 and error(y16, y) < 2e-2
+    for name in ("balance_loss", "z_loss", "entropy"):
+        assert aux16[name].dtype == torch.float32 and aux16[name] == aux[name]
+    rough = torch.autograd.grad(y16.float().square().sum(), m.parameters())
+    assert all(r.dtype == torch.float32 and error(r, e) < 2e-2 for r, e in zip(rough, exact))
+
+
+@BOTH
+def test_bfloat16_layer_is_close_to_the_float32_one(router):
+    m = layer(router=router, dtype=torch.bfloat16)
+    x = torch.randn(64, 32).to(torch.bfloat16)
+    y = m(x)[0]
+    assert y.dtype == torch.bfloat16 and error(y, m.float()(x.float())[0]) < 2e-2
+
+
+@BOTH
+def test_one_token_without_gradients_equals_the_batch(router):
+    m, x = layer(D=16, width=24, E=8, K=2, router=router).eval(), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        alone = torch.cat([m(x[:, t : t + 1])[0] for t in range(6)], dim=1)
+        torch.testing.assert_close(alone, m(x)[0])
+
+
+def test_every_parameter_has_a_gradient_after_one_token():
+    m = layer(E=8, K=1, router="softmax-topk")
+    m(torch.randn(1, 32))[0].sum().backward()
+    assert all(p.grad is not None for p in m.parameters())
+    assert m.experts.down_proj.grad.flatten(1).ne(0).any(1).sum() == 1 and m.gate.weight.grad.ne(0).any()
+
+
+def saved_bytes(f):
+    """Distinct storage that autograd keeps for the backward pass of f."""
+    seen = {}
+
+    def keep(t):
+        seen[t.untyped_storage().data_ptr()] = t  # holding the tensor keeps its address from being used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = f()
+    assert y.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+@FAST
+def test_activation_memory_is_linear_in_tokens_and_choices(fast):
+    def kept(T, K):
+        arguments = [a.requires_grad_() if a.is_floating_point() else a for a in problem(T, 32, 32, K, 32)]
+        return saved_bytes(lambda: fast(*arguments))
+
+    weights = kept(1, 1)
+    base = kept(256, 2) - weights
+    assert kept(512, 2) - weights < 2.2 * base and kept(256, 4) - weights < 2.2 * base
+
+
+def test_layer_runs_compiled_on_a_cpu():
+    """The router is compiled; the loop, whose sizes are data, runs as it is."""
+    m, x = layer(E=8, K=2, dtype=torch.bfloat16), torch.randn(64, 32).to(torch.bfloat16)
+    y, aux = torch.compile(m, backend="aot_eager")(x)
+    (y.float().square().sum() + aux["balance_loss"]).backward()
+    assert error(y, m(x)[0]) < 1e-6 and m.experts.down_proj.grad.ne(0).any()
+
+
+def test_grouped_path_compiles_whole_with_static_shapes():
+    """fullgraph refuses whatever would wait for the host: .item(), .tolist(), shapes that depend on data."""
+    arguments = problem(64, 32, 8, 2, 16, torch.bfloat16)
+    compiled = torch.compile(moe.grouped, fullgraph=True, backend="aot_eager")
+    for got, want in zip(run(compiled, arguments), run(moe.reference, arguments)):
+        assert error(got, want) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(top_k=9), "top_k 9 .*at most 8"),
+        (dict(experts=0), "experts is 0"),
+        (dict(hidden_size=-4), "hidden_size is -4"),
+        (dict(granularity=5), "granularity 5 .*granularity 4 or 8, or intermediate_size 60 or 65"),
+        (dict(granularity=100), "granularity 64, or intermediate_size 100"),
+        (dict(router="sigmoid"), "sigmoid.*topk-softmax or softmax-topk"),
+        (dict(top_k=1), "without gradient .*softmax-topk"),
+        (dict(capacity_factor=0.0), "capacity_factor is 0.0"),
+        (dict(capacity_factor=math.nan), "capacity_factor is nan"),
+    ],
+)
+def test_bad_layers_are_refused_with_the_remedy(change, words):
+    good = dict(hidden_size=32, intermediate_size=64, experts=8, top_k=2, granularity=1, router="topk-softmax")
+    with pytest.raises(ValueError, match=words):
+        moe.MoE(**(good | change))

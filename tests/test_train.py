@@ -1,0 +1,476 @@
+"""The trainer as an instrument: what is interrupted, divided or continued gives the numbers of what is not."""
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import model
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = "--hidden-size 32 --num-hidden-layers 2 --context 32 --batch-tokens 256 --dtype float32 --log-every 5".split()
+MOE = "--experts 4 --top-k 2 --granularity 2".split()
+TIMES = {"seconds", "tokens_per_second", "tflops", "mfu"}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Two files of real text, and the cache of their tokens."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, modules in (("a", (argparse_text, json_text)), ("b", (random_text,))):
+        (folder / f"{name}.txt").write_text("\n".join(m() for m in modules))
+    return folder
+
+
+def argparse_text():
+    return Path(importlib.import_module("argparse").__file__).read_text()
+
+
+def json_text():
+    return Path(importlib.import_module("json.decoder").__file__).read_text()
+
+
+def random_text():
+    return Path(random.__file__).read_text()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, texts):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(texts, *flags):
+    """train.py in this process, on file a unless told otherwise."""
+    flags = [str(f) for f in flags]
+    own = ["--data", str(texts / "a.txt")] if not {"--data", "--init", "--branch", "--resume"} & set(flags) else []
+    shape = TINY if not {"--init", "--branch", "--resume"} & set(flags) else []
+    assert train.main([*shape, *own, *flags]) == 0
+
+
+def command(texts, *flags, torchrun=0):
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", str(random.randint(20000, 40000))]
+    flags = [*TINY, "--data", texts / "a.txt", *flags] if "--resume" not in flags else flags
+    return [str(part) for part in (sys.executable, *(start if torchrun else []), ROOT / "train.py", *flags)]
+
+
+ENV = os.environ | {"PYTHONWARNINGS": "ignore"}
+
+
+def table(path, without=TIMES):
+    with open(path, newline="") as f:
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(f)]
+
+
+def assert_same_run(a, b):
+    for name in ("log.csv", "eval.csv"):
+        assert table(Path(a) / name) == table(Path(b) / name)
+    assert (Path(a) / "samples.txt").read_text() == (Path(b) / "samples.txt").read_text()
+    one, two = load_file(Path(a) / "model.safetensors"), load_file(Path(b) / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+# ---- interruption ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra, times", [([], 2), (MOE, 1)], ids=["dense", "mixture"])
+def test_killed_at_any_instant_and_resumed_equals_the_uninterrupted_run(here, texts, extra, times):
+    flags = [*extra, "--tokens", 256 * 60, "--save-every", 1, "--eval-every", 20]  # most of the time goes into saving
+    run(texts, *flags, "--out", "calm")
+    dice, kills = random.Random(len(extra)), 0
+    process = subprocess.Popen(command(texts, *flags, "--out", "killed"), env=ENV, stdout=subprocess.DEVNULL)
+    while not Path("killed/trainer.pt").exists():
+        time.sleep(0.01)
+    for _ in range(times):
+        before = Path("killed/trainer.pt").stat().st_mtime_ns
+        while process.poll() is None and Path("killed/trainer.pt").stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.2)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        model.load("killed")  # loadable at every instant
+        process = subprocess.Popen(command(texts, "--resume", "--out", "killed"), env=ENV, stdout=subprocess.DEVNULL)
+    assert process.wait() == 0 and kills == times
+    assert_same_run("calm", "killed")
+
+
+def test_ctrl_c_saves_leaves_with_130_and_resumes_exactly(here, texts):
+    flags = ["--tokens", 256 * 200, "--save-every", 100000, "--eval-every", 50]
+    run(texts, *flags, "--out", "calm")
+    process = subprocess.Popen(command(texts, *flags, "--out", "stopped"), env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     10/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "--resume --out stopped" in rest
+    assert 10 <= train.read_trainer("stopped")["step"] < 200
+    run(texts, "--resume", "--out", "stopped")
+    assert_same_run("calm", "stopped")
+
+
+def test_resuming_a_finished_run_changes_nothing(here, texts, capsys):
+    run(texts, "--tokens", 2560, "--out", "done")
+    before = {p.name: p.read_bytes() for p in Path("done").iterdir()}
+    run(texts, "--resume", "--out", "done")
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in Path("done").iterdir()}
+
+
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint(here, texts):
+    run(texts, "--tokens", 2560, "--out", "warm")  # the cache of tokens is made
+    limit = Path("warm/model.safetensors").stat().st_size + 20000  # room for the weights, not for trainer.pt
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    shutil.copytree("warm", "full")
+    state = train.read_trainer("full")
+    state["finished"], state["settings"]["tokens"] = False, 5120
+    torch.save({**state, "weights": {k: v.clone() for k, v in state["weights"].items()}}, "full/trainer.new")
+    os.replace("full/trainer.new", "full/trainer.pt")
+    old = Path("full/trainer.pt").read_bytes()
+    done = subprocess.run(command(texts, "--resume", "--out", "full"), env=ENV, capture_output=True, text=True, preexec_fn=small_disk)
+    assert done.returncode == 1 and "could not be saved" in done.stderr and "Traceback" not in done.stderr
+    assert Path("full/trainer.pt").read_bytes() == old
+    model.load("full")
+    run(texts, "--resume", "--out", "full")
+    assert table("full/eval.csv")[-1]["step"] == "20"
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], MOE], ids=["dense", "mixture"])
+def test_two_processes_and_shards_equal_one(here, texts, extra):
+    flags = [*extra, "--tokens", 256 * 50, "--micro-batch", 2, "--log-every", 1]
+    run(texts, *flags, "--out", "one")
+    for out, more in (("two", []), ("shards", ["--fsdp"])):
+        done = subprocess.run(command(texts, *flags, *more, "--out", out, torchrun=2), env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    columns = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
+    losses = {out: np.array([[float(r[c]) for c in columns] for r in table(f"{out}/log.csv")]) for out in ("one", "two", "shards")}
+    assert len(losses["one"]) == 50
+    assert np.abs(losses["two"] - losses["one"]).max() < 1e-4 and np.abs(losses["shards"] - losses["two"]).max() < 1e-4
+    a, b = (float(table(f"{out}/eval.csv")[-1]["a_loss"]) for out in ("one", "shards"))
+    assert abs(a - b) < 1e-4
+    model.load("shards")
+    run(texts, "--resume", "--out", "shards")  # the checkpoint knows nothing of shards
+
+
+def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(here, texts):
+    done = subprocess.run(command(texts, "--lr", "-1", torchrun=2), env=ENV, capture_output=True, text=True)
+    assert done.stderr.count("train.py: error:") >= 1 and done.returncode
+    assert "exitcode  : 2" in done.stderr
+
+
+# ---- lineage --------------------------------------------------------------------------------------------------------
+
+
+def windows_of(folder, texts):
+    """The windows that the last training in a folder's lineage read."""
+    lineage = model.read_json(Path(folder) / "run.json")["lineage"]
+    corpora = data.prepare(lineage[-1]["settings"]["data"], data.load_tokenizer("bytes"))
+    seed, sequence, read, notes = data.position(lineage[:-1], corpora, 32, data.load_tokenizer("bytes").key)
+    reader = data.Reader(corpora, 32, lineage[0]["seed"] if seed is None else seed, sequence, read)
+    return [item for _ in range(lineage[-1]["tokens"] // 256) for item in reader.take(8)]
+
+
+def test_a_child_reads_on_where_its_parent_stopped(here, texts):
+    run(texts, "--tokens", 256 * 20, "--out", "whole")
+    run(texts, "--tokens", 256 * 10, "--out", "half")
+    run(texts, "--init", "half", "--tokens", 256 * 10, "--seed", 7, "--batch-tokens", 256, "--out", "child")
+    half, child = windows_of("half", texts), windows_of("child", texts)
+    assert half + child == windows_of("whole", texts) and not set(half) & set(child)
+    assert train.read_trainer("child")["read"] == train.read_trainer("whole")["read"] == {"a": 160}
+    lineage = model.read_json("child/run.json")["lineage"]
+    assert [step["tokens"] for step in lineage] == [2560, 2560]
+
+
+def test_replay_and_an_evaluated_corpus_are_counted_apart(here, texts):
+    run(texts, "--tokens", 2560, "--out", "parent")
+    spec = f"{texts}/b.txt:0.75,{texts}/a.txt:0.25"
+    run(texts, "--init", "parent", "--tokens", 256 * 8, "--data", spec, "--batch-tokens", 256, "--out", "replay")
+    step = model.read_json("replay/run.json")["lineage"][-1]
+    assert sum(d["tokens"] for d in step["data"].values()) == 2048
+    assert abs(step["data"]["b"]["tokens"] - 1536) <= 64
+    run(texts, "--init", "parent", "--tokens", 2560, "--data", f"{texts}/b.txt:1,{texts}/a.txt:0", "--out", "none", "--batch-tokens", 256)
+    assert model.read_json("none/run.json")["lineage"][-1]["data"]["a"]["tokens"] == 0
+    rows = table("none/eval.csv")
+    assert float(rows[-1]["b_loss"]) < float(rows[0]["b_loss"]) and "a_loss" in rows[0]
+
+
+def test_a_branch_of_a_snapshot_ends_as_the_trunk_that_decays_there(here, texts):
+    run(texts, "--tokens", 256 * 40, "--save-at", "7680", "--out", "trunk")
+    run(texts, "--branch", "trunk/step-30", "--tokens", 2560, "--out", "branch")
+    one, two = load_file("trunk/model.safetensors"), load_file("branch/model.safetensors")
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert table("branch/eval.csv")[-1]["a_loss"] == table("trunk/eval.csv")[-1]["a_loss"]
+    assert [s["tokens"] for s in model.read_json("branch/run.json")["lineage"]] == [7680, 2560]
+    assert table("trunk/step-30/log.csv")[-1]["step"] == "30"
+
+
+def test_a_public_folder_starts_a_lineage(here, texts):
+    config = model.Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8)
+    model.save(model.init_weights(model.Transformer(config), 1), Path("public"), data.load_tokenizer("bytes"))
+    flags = ["--init", "public", "--tokens", 2560, "--context", 32, "--batch-tokens", 256, "--data", texts / "a.txt"]
+    run(texts, *flags, "--source-tokens", "2e12", "--out", "child")
+    first, second = model.read_json("child/run.json")["lineage"]
+    assert first == {"step": "source", "name": "public", "tokens": 2_000_000_000_000} and second["tokens"] == 2560
+
+
+def test_an_init_of_a_folder_killed_while_saving_asks_to_resume_it(here, texts, capsys):
+    run(texts, "--tokens", 2560, "--out", "torn")
+    run_json = model.read_json("torn/run.json")
+    model.write_json(Path("torn/run.json"), run_json | {"step": 3})
+    assert "--resume --out torn" in error_of(["--init", "torn"], capsys)
+
+
+# ---- horizon, schedule, counts --------------------------------------------------------------------------------------
+
+
+def test_every_horizon_means_the_same_number_of_steps(here, texts):
+    config = model.Config(hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=8, max_position_embeddings=32)
+    module = model.Transformer(config)
+    active, flops = module.num_parameters()["N_active"], module.flops_per_token(32)
+    for i, horizon in enumerate((["--tokens", 5120], ["--flops", 5120 * flops], ["--tokens-per-param", 5120 / active])):
+        run(texts, *horizon, "--out", f"h{i}")
+        assert table(f"h{i}/log.csv")[-1]["step"] == "20"
+        assert float(table(f"h{i}/log.csv")[-1]["flops"]) == 5120 * flops
+
+
+def test_schedules_have_their_shapes():
+    args = train.get_parser().parse_args(["--lr", "1", "--min-lr", "0.1", "--warmup", "10", "--schedule", "wsd"])
+    rates = [train.rate(s, 100, args) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == rates[74] == 1 and rates[99] == pytest.approx(0.1 + 0.9 / 25)
+    args.schedule = "cosine"
+    rates = [train.rate(s, 110, args) for s in range(110)]
+    assert rates[10] == 1 and rates[60] == pytest.approx(0.55) and rates[109] < 0.101
+    args.schedule = "constant"
+    assert {train.rate(s, 100, args) for s in range(10, 100)} == {1}
+
+
+def test_logged_loss_is_the_mean_over_the_whole_batch(here, texts):
+    for m in (1, 8):
+        run(texts, "--tokens", 256 * 3, "--micro-batch", m, "--log-every", 1, "--out", f"m{m}")
+    for a, b in zip(table("m1/log.csv"), table("m8/log.csv")):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+
+
+def test_zero_tokens_evaluates_and_writes_nothing(here, texts, capsys):
+    run(texts, "--tokens", 2560, "--out", "done")
+    last = float(table("done/eval.csv")[-1]["a_loss"])
+    before = sorted(Path(".").rglob("*"))
+    run(texts, "--init", "done", "--tokens", 0)
+    assert f"{last:.4f}" in capsys.readouterr().out and before == sorted(Path(".").rglob("*"))
+
+
+def test_a_run_leaves_everything_that_the_readme_promises(here, texts, capsys):
+    run(texts, *MOE, "--tokens", 2560)
+    files = {p.name for p in Path("out/run-1").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json",
+                     "trainer.pt", "log.csv", "eval.csv", "samples.txt", "loss.png"}  # fmt: skip
+    samples = Path("out/run-1/samples.txt").read_text()
+    assert [f"step {s} of 10" in samples for s in (0, 1, 5, 10)] == [True] * 4
+    out = capsys.readouterr().out
+    assert "3-gram" in out and "layer  1" in out and "--init out/run-1" in out
+    row = table("out/run-1/log.csv", ())[-1]
+    assert row["mfu"] == "" and float(row["router_entropy"]) > 0 and float(row["dropped"]) == 0
+    run(texts, "--tokens", 2560)
+    assert Path("out/run-2").exists()
+
+
+# ---- against transformers -------------------------------------------------------------------------------------------
+
+
+def hub():
+    if not os.environ.get("REGROW_NO_SKIP"):
+        pytest.importorskip("transformers")
+    return importlib.import_module("transformers")
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-qk-norm"], [*MOE]], ids=["qwen3", "llama", "mixture"])
+def test_eval_csv_equals_the_loss_of_transformers_on_the_same_windows(here, texts, extra):
+    transformers = hub()
+    run(texts, *extra, "--tokens", 5120, "--out", "done")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("done").eval()
+    corpus = data.prepare(str(texts / "a.txt"), data.load_tokenizer("done"))[0]
+    ids, targets = data.validation_windows(corpus, 32)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+    assert abs(loss.item() - float(table("done/eval.csv")[-1]["a_loss"])) < 1e-3
+
+
+def test_pipeline_of_transformers_writes_text_that_round_trips(here, texts):
+    transformers = hub()
+    run(texts, "--tokens", 5120, "--out", "done")
+    pipe = transformers.pipeline("text-generation", "done", device="cpu")
+    text = pipe("def naïve(", max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    assert text.startswith("def naïve(") and len(text) > 20
+    tokenizer = transformers.AutoTokenizer.from_pretrained("done")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def error_of(flags, capsys):
+    """Runs train.py on flags that are wrong; returns the one line it says. Nothing may be created or changed."""
+
+    def everything():
+        return {p: p.stat().st_mtime_ns for p in Path(".").rglob("*")}
+
+    before = everything()
+    with pytest.raises(SystemExit) as left:
+        train.main([str(f) for f in flags])
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert left.value.code == 2
+    assert lines[-1].startswith("train.py: error: ") and len(lines) <= 4, lines
+    assert everything() == before
+    return lines[-1]
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory, texts):
+    """A folder of files and checkpoints to go wrong with."""
+    folder = tmp_path_factory.mktemp("shelf")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        run(texts, "--tokens", 2560, "--out", "done")
+        run(texts, *MOE, "--tokens", 2560, "--out", "moe")
+        Path("empty.txt").touch()
+        Path("latin.txt").write_bytes("d\xe9j\xe0 vu".encode("latin-1") * 1000)
+        Path("short.txt").write_text("too short " * 50)
+        Path("a.txt").write_text("abc " * 2000)
+        Path("sub").mkdir()
+        Path("sub/a.txt").write_text("abc " * 2000)
+        Path("bad.jsonl").write_text('{"texts": "a"}\n')
+        for name, tokens in (("odd", b"\0" * 4001), ("large", np.full(4000, 300, "<u2").tobytes())):
+            Path(name).mkdir()
+            Path(name, "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 256, "bytes_per_token": 1}))
+            Path(name, "train.bin").write_bytes(tokens)
+            Path(name, "val.bin").write_bytes(np.zeros(4000, "<u2").tobytes())
+        for name in ("noconfig", "torn", "shape", "gpt2", "outside", "noweights", "evil"):
+            shutil.copytree("done", name)
+            if name != "evil":
+                Path(name, "trainer.pt").unlink()
+        Path("noconfig/config.json").unlink()
+        Path("noweights/model.safetensors").unlink()
+        weights = Path("torn/model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-100])
+        for name, change in (("shape", {"intermediate_size": 100}), ("gpt2", {"model_type": "gpt2"})):
+            config = json.loads(Path(name, "config.json").read_text()) | change
+            Path(name, "config.json").write_text(json.dumps(config))
+        Path("outside/model.safetensors").unlink()
+        Path("outside/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../done/model.safetensors"}}))
+        Path("evil/trainer.pt").write_bytes(pickle.dumps(Evil()))
+        Path("notarun").mkdir()
+        Path("notarun/thesis.txt").write_text("years of work")
+        Path("data").exists() and shutil.rmtree("data")
+    return folder
+
+
+BAD = {
+    "unknown corpus": ("--data pyhton", "pyhton"),
+    "missing file": ("--data nowhere.txt", "nowhere.txt"),
+    "empty file": ("--data empty.txt", "empty.txt"),
+    "not UTF-8": ("--data latin.txt", "UTF-8"),
+    "too short for the context": ("--data short.txt", "256"),
+    "no text field": ("--data bad.jsonl", "text"),
+    "odd .bin": ("--data odd", "odd"),
+    "ids beyond the vocabulary": ("--data large", "300"),
+    "two corpora of one name": ("--data a.txt,sub/a.txt", "two corpora"),
+    "all weights zero": ("--data a.txt:0", "weight"),
+    "negative weight": ("--data a.txt:-1", "-1"),
+    "unknown tokenizer": ("--tokenizer gpt5_base", "gpt5_base"),
+    "heads that do not divide": ("--num-attention-heads 3 --head-dim 32 --num-key-value-heads 2", "3"),
+    "hidden size that heads do not divide": ("--hidden-size 130", "130"),
+    "odd head": ("--head-dim 15", "15"),
+    "batch not divisible": ("--batch-tokens 1000", "1000"),
+    "micro-batch not dividing": ("--micro-batch 3", "3"),
+    "two horizons": ("--tokens 1e6 --flops 1e12", "--flops"),
+    "negative rate": ("--lr -1", "-1"),
+    "rate of zero": ("--lr 0", "0"),
+    "rate below its minimum": ("--lr 1e-3 --min-lr 1e-2", "0.01"),
+    "rate is no number": ("--lr fast", "fast"),
+    "rate is nan": ("--lr nan", "nan"),
+    "fractional tokens": ("--tokens 10.5", "10.5"),
+    "negative tokens": ("--tokens -5", "-5"),
+    "zero context": ("--context 0", "--context"),
+    "decay fraction": ("--decay-fraction 1.5", "1.5"),
+    "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
+    "abbreviated flag": ("--hidden 64", "--hidden"),
+    "unknown schedule": ("--schedule linear", "linear"),
+    "missing init": ("--init nowhere", "nowhere"),
+    "no config.json": ("--init noconfig", "config.json"),
+    "no weights": ("--init noweights", "weights"),
+    "truncated weights": ("--init torn", "safetensors"),
+    "wrong shape": ("--init shape", "config.json says"),
+    "unsupported architecture": ("--init gpt2", "gpt2"),
+    "shard outside": ("--init outside", "outside the folder"),
+    "shape with init": ("--init done --hidden-size 64", "--hidden-size"),
+    "two parents": ("--init done --branch done", "one parent"),
+    "data with branch": ("--branch done --data python", "--data"),
+    "branch of no run": ("--branch shape", "trainer.pt"),
+    "source tokens of nothing": ("--source-tokens 1e9", "--init"),
+    "resume without out": ("--resume", "--out"),
+    "resume without a run": ("--resume --out nowhere", "nowhere"),
+    "resume with other flags": ("--resume --out done --lr 0.5", "0.5"),
+    "pickle that runs code": ("--resume --out evil", "trainer.pt"),
+    "existing out": ("--out done", "--overwrite"),
+    "overwrite of a foreign folder": ("--out notarun --overwrite", "notarun"),
+    "overwrite of the parent": ("--init done --out done --overwrite", "parent"),
+    "no such device": ("--device cuda", "cuda"),
+    "unknown device": ("--device tpu", "tpu"),
+    "shards of one rank": ("--fsdp", "torchrun"),
+    "K larger than E": ("--experts 2 --top-k 4", "4"),
+    "granularity that does not divide": ("--experts 4 --granularity 7", "7"),
+    "mixture flag without experts": ("--granularity 2", "--experts"),
+    "router without gradient": ("--experts 4 --top-k 1", "softmax-topk"),
+    "router that no format holds": ("--experts 4 --router softmax-topk --no-qk-norm", "--qk-norm"),
+    "capacity of zero": ("--experts 4 --capacity-factor 0", "capacity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_changes_nothing(case, shelf, monkeypatch, capsys):
+    flags, words = BAD[case]
+    if case == "no such device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(shelf)
+    own = [] if {"--data", "--init", "--branch", "--resume"} & set(flags.split()) else ["--data", "a.txt"]
+    assert words in error_of([*flags.split(), *own], capsys)
+    assert not Path("evil-was-here").exists()
+
+
+def test_numbers_are_read_as_people_write_them():
+    args = train.get_parser().parse_args("--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6,2_000_000".split())
+    assert (args.tokens, args.batch_tokens, args.seed, args.save_at) == (10**6, 2 * 10**6, 0, [10**6, 2 * 10**6])
+
+
+def test_every_flag_has_a_help_line():
+    assert all(action.help for action in train.get_parser()._actions)
