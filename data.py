@@ -522,7 +522,7 @@ class Reader:
     def __init__(self, corpora, context, seed, sequence=0, read=None):
         self.corpora, self.context, self.seed, self.sequence = corpora, context, seed, sequence
         self.read = {c.name: (read or {}).get(c.name, 0) for c in corpora}
-        self.windows = [c.weight and count_windows(len(c.train), context, f"the training part of {c.name}") for c in corpora]
+        self.windows = [c.weight and count_windows(len(c.train), context, f"train part of {c.name}") for c in corpora]
         self.orders = {}  # {corpus index: (epoch, window numbers in their order)}
 
     def mix(self, numbers):

@@ -5,16 +5,16 @@ A decoder as Llama, Mistral and Qwen3 have it. One block is two residual lines,
     x = x + Attention(RMSNorm(x))
     x = x + MLP(RMSNorm(x))               MLP(x) = W_down (silu(W_gate x) * W_up x)          (SwiGLU, 2002.05202)
 
-with rotary positions (RoFormer, 2104.09864; the half-split order of Hugging Face), grouped-query attention (2305.13245),
-optionally an RMSNorm on every query and key head (QK-norm, as in Qwen3), and in the place of the MLP, if `experts` is
-not 0, the mixture of experts of moe.py.
+with rotary positions (RoFormer, 2104.09864; the half-split order of Hugging Face), grouped-query attention
+(2305.13245), optionally an RMSNorm on every query and key head (QK-norm, as in Qwen3), and in the place of the MLP, if
+`experts` is not 0, the mixture of experts of moe.py.
 
 A checkpoint is a Hugging Face folder: `load` reads what Meta, Mistral and Qwen publish, and `save` writes what
 transformers and vLLM read. There is no converter, because there is no second format: parameters carry the public names.
 What this class cannot represent exactly (a sliding window, biases, another activation) is refused by name.
 
-Measured (2 CPU cores, bf16, head_dim 32, context 256): torch's fused attention takes 2.5 times as long as the five lines
-of `causal_attention`, its RMSNorm 2 times as long as the same formula with a gradient by hand; so both stand here, for
+Measured (2 CPU cores, bf16, head_dim 32, context 256): torch's fused attention takes 2.5 times as long as the few lines
+of `causal_attention`, its RMSNorm twice as long as the same formula with a gradient by hand; so both stand here, for
 CPUs. One joined product for queries, keys and values, or for gate and up, gained nothing.
 
 Left out on purpose: dropout (one pass over the data needs none), biases, sliding windows, sequence packing masks, and
@@ -25,8 +25,8 @@ every attention kernel but torch's `scaled_dot_product_attention`.
 Try:
   1. Delete the `/ math.sqrt(2 * layers)` in `init_weights` and train 200 steps: with 3 layers the loss barely notices;
      with --num-hidden-layers 24 the start is visibly slower. The residual stream grew with every block.
-  2. Make `Attention` ignore positions (return q, k unrotated): the model can still count, because the causal mask breaks
-     the symmetry, but the loss ends higher.
+  2. Delete the line that rotates q and k: the causal mask alone still tells the model something of positions, but the
+     loss ends higher.
   3. Change rope_theta in config.json of a trained folder from 10000 to 1000000 and evaluate it again with
      `python train.py --init FOLDER --tokens 0`: positions are part of the weights' meaning, and the loss jumps.
 """
@@ -103,7 +103,7 @@ class Config:
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = gain * n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps, in at least fp32. For CPUs: torch has no fused one there."""
+    """y = gain n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps; fp32 or wider. For CPUs: torch has no fast one there."""
 
     @staticmethod
     def forward(ctx, x, gain, eps):
@@ -150,14 +150,15 @@ def rotation(config, positions, device):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) to (a cos - b sin, b cos + a sin);
-    cos, sin (T, head_dim) as `rotation` gives them."""
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angle:
+    (a cos - b sin, b cos + a sin).
+    cos and sin are those of `rotation`."""
     return torch.addcmul(x * cos[:, None].to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin[:, None].to(x.dtype))
 
 
 def causal_attention(q, k, v, block=128):
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where torch's
-    fused kernel converts every number. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
+    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where
+    torch's fused kernel is slow. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
@@ -257,8 +258,8 @@ class Transformer(nn.Module):
         """ids, targets (B, T) int64 -> logits, loss, aux.
 
         Without targets: logits (B, T, V) and loss None. With targets (already shifted; -100 is ignored): loss is the
-        mean cross-entropy in nats a token and logits None. aux is None for a dense model; else a dict of balance_loss and
-        z_loss (means over layers, scalars), counts (layers, experts), dropped and entropy (means over layers).
+        mean cross-entropy in nats a token and logits None. aux is None for a dense model; else a dict of balance_loss
+        and z_loss (means over layers, scalars), counts (layers, experts), dropped and entropy (means over layers).
         cache: None, or the list of `new_cache()`, to which the keys and values of ids are added.
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -444,13 +445,14 @@ def read_config(folder):
     elif rope_type != "default":
         refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
     heads, qwen = need("num_attention_heads"), kind.startswith("qwen3")
+    kv_heads = h.get("num_key_value_heads") or (heads if kind == "llama" else need("num_key_value_heads"))
     c = Config(
         vocab_size=need("vocab_size"),
         hidden_size=need("hidden_size"),
         intermediate_size=need("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
         num_hidden_layers=need("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=heads if kind == "llama" and not h.get("num_key_value_heads") else need("num_key_value_heads"),
+        num_key_value_heads=kv_heads,
         head_dim=h.get("head_dim") or (128 if qwen else need("hidden_size") // heads),
         max_position_embeddings=h.get("max_position_embeddings", 2048),
         rms_norm_eps=h.get("rms_norm_eps", 1e-6),
@@ -475,11 +477,12 @@ def read_config(folder):
 
 
 def public_config(c, dtype):
-    """The Hugging Face configuration of Config c, as a dict; rotary settings and dtype in the older spelling and the newer."""
+    """The Hugging Face configuration of Config c, a dict; rotary settings and dtype in the older and newer spelling."""
     kind = ("qwen3_moe" if c.qk_norm else "mixtral") if c.experts else ("qwen3" if c.qk_norm else "llama")
     name = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[kind]
-    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    same += "max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings bos_token_id eos_token_id"
+    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    same += " head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings"
+    same += " bos_token_id eos_token_id"
     h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(c, k) for k in same.split()}}
     h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02}
     h["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
@@ -490,7 +493,8 @@ def public_config(c, dtype):
         h["sliding_window"] = None
     if c.experts:
         width, total, chosen = c.intermediate_size // c.granularity, c.experts * c.granularity, c.top_k * c.granularity
-        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": c.balance_coef / chosen, "granularity": c.granularity}
+        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": c.balance_coef / chosen}
+        h["granularity"] = c.granularity
         if kind == "mixtral":
             h |= {"num_local_experts": total, "intermediate_size": width}
         else:
@@ -500,7 +504,7 @@ def public_config(c, dtype):
 
 
 def public_tensors(c, state):
-    """Yields (public name, tensor) for the state dict of a module of Config c: experts one by one, a tied head left out."""
+    """Yields (public name, tensor) of a state dict: experts one by one, a tied head left out."""
     names = ("w1", "w3", "w2") if not c.qk_norm else ("gate_proj", "up_proj", "down_proj")
     for name, t in state.items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
@@ -532,7 +536,7 @@ def tensor_files(folder):
             raise ValueError(f"{index} has no weight_map (tensor name: file name)")
         shards = set(weight_map.values())
     else:
-        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or model.safetensors.index.json and shards)")
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or shards and their index)")
     files = {}
     for shard in sorted(shards):
         if Path(shard).name != shard or shard in ("", ".", ".."):
@@ -561,7 +565,7 @@ def load(folder, dtype=torch.float32):
         module = Transformer(config)
     state = {n: p for n, p in module.state_dict().items() if not (n == "lm_head.weight" and config.tie_word_embeddings)}
     files = tensor_files(folder)
-    fused = [n for n in state if ".experts." in n and n in files]  # some writers keep all experts of a layer in one tensor
+    fused = [n for n in state if ".experts." in n and n in files]  # some writers keep a layer's experts in one tensor
     rest = {n: t for n, t in state.items() if n not in fused}
     shapes = {n: tuple(state[n].shape) for n in fused} | {n: tuple(t.shape) for n, t in public_tensors(config, rest)}
     missing = sorted(shapes.keys() - files.keys())
@@ -599,7 +603,7 @@ def load(folder, dtype=torch.float32):
 
 
 def save(module, folder, tokenizer=None, state=None, step=None):
-    """Writes config.json, model.safetensors and, if given, the tokenizer into `folder`; each file is renamed into place.
+    """Writes config.json, model.safetensors and, if given, the tokenizer into `folder`, each renamed into place.
 
     state: the weights to write in the place of the module's own (a sharded module has only its part of them).
     step: a number that goes into the metadata of model.safetensors.
@@ -666,7 +670,7 @@ def main():
     add("--tokens", type=int, default=200, help="tokens to sample at most (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default: %(default)s)")
-    add("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to this probability (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="keep the likeliest up to this probability (default: %(default)s)")
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
     args = parser.parse_args()

@@ -7,23 +7,23 @@
     python train.py --resume --out out/run-1                   # go on after Ctrl-C, a crash, a power cut
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
-`main` reads in the order in which it happens: flags, ranks, data, model, optimizer, then the loop: rate, evaluate, save,
-micro-batches, clip, step, log. A step is `--batch-tokens` over all ranks; what one rank cannot take at once is
+`main` reads in the order in which it happens: flags, ranks, data, model, optimizer, then the loop: evaluate, save,
+rate, micro-batches, clip, step, log. A step is `--batch-tokens` over all ranks; what one rank cannot take at once is
 accumulated, and n ranks give the numbers of one rank that accumulates n times. A run leaves a folder: a checkpoint that
 transformers opens, `log.csv`, `eval.csv`, `samples.txt`, `loss.png`, `run.json` (what it was made of and from) and
 `trainer.pt` (what a resume needs).
 
-Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it, evaluation always
-in fp32. The horizon, the batch and the schedule count this run only.
+Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it, evaluation
+always in fp32. The horizon, the batch and the schedule count this run only.
 
 Left out on purpose: other optimizers than AdamW, gradient checkpointing, tensor, pipeline and expert parallelism,
 a learning-rate search, a metrics service (log.csv is one).
 
 Try:
   1. `python train.py --schedule constant --tokens 5e5 --out out/c` and `python train.py --branch out/c --tokens 1e5
-     --out out/d`: the branch falls by about a tenth of a nat in its hundred thousand tokens; that fall is what decay is worth.
-  2. Run the same command with `--micro-batch 4` and `--micro-batch 16`, in `--dtype float32`: log.csv agrees to rounding
-     errors, for a dense model. For an MoE it does not quite: its balancing loss is counted a micro-batch at a time.
+     --out out/d`: the branch falls by about a tenth of a nat in its hundred thousand tokens: what the decay is worth.
+  2. Run one command with `--micro-batch 4` and with `--micro-batch 16` in `--dtype float32`: log.csv agrees to rounding
+     errors for a dense model. For an MoE it does not quite: its balancing loss is counted a micro-batch at a time.
   3. Delete the line that clips and train with `--lr 0.03`: read in log.csv at which grad_norm the loss leaves.
 """
 
@@ -39,7 +39,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -53,9 +52,15 @@ PEAKS = {
     "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "qk_norm", "tie_word_embeddings", "rope_theta", "experts", "top_k", "granularity", "router")  # fmt: skip
-DATA = ("data", "tokenizer", "context")
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "qk_norm", "tie_word_embeddings", "rope_theta", "experts", "top_k", "granularity", "router",
+)  # fmt: skip
+KEPT = (  # by --branch
+    "data", "tokenizer", "context", "batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay",
+    "grad_clip", "balance_coef", "z_coef", "seed", "capacity_factor",
+)  # fmt: skip
+MIXTURE = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", "z_coef")
 MACHINE = ("device", "compile", "fsdp")  # may differ in a resume, as may
 RHYTHM = ("log_every", "eval_every", "save_every")
 FREE = ("out", "resume", *MACHINE, *RHYTHM)
@@ -83,13 +88,19 @@ def counts(text):
     return [number(part) for part in text.split(",")]
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # says a default that the help line does not
+        silent = "default:" in action.help or action.default in (None, False, argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
 def get_parser():
     usage = "train.py [--out FOLDER] [--tokens N] [--data SPEC] [shape, optimisation, machine flags: see --help]"
     parser = argparse.ArgumentParser(
         "train.py", usage, "\n".join(__doc__.split("\n")[2:8]), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )  # fmt: skip
-    c = model.Config
+    c, switch = model.Config, argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of the run (default: the next free out/run-N)")
@@ -97,59 +108,61 @@ def get_parser():
     add("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
     add("--init", metavar="FOLDER", help="start from this checkpoint's weights, with a new optimizer and schedule")
     add("--branch", metavar="FOLDER", help="go on from this run or snapshot, optimizer included, and only decay")
-    add("--source-tokens", type=number, help="tokens that a public checkpoint of --init was trained on (default: unknown)")
+    add("--source-tokens", type=number, help="tokens that the public checkpoint of --init has seen (default: unknown)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="corpora, [name=]source[:weight],... (default: python, or the parent's; `python data.py --help`)")
+    add("--data", help="corpora, [name=]source[:weight],...: see data.py (default: python, or the parent's)")
     add("--tokenizer", help="bytes, a tiktoken name, a rank file or a tokenizer.json (default: bytes, or the parent's)")
     add("--context", type=number, help="tokens in a window (default: 256, or the parent's)")
-    add("--batch-tokens", type=number, default=4096, help="tokens of one step over all ranks (default: %(default)s)")
-    add("--micro-batch", type=number, help="windows that one rank takes at once (default: from shape and kind of device)")
+    add("--batch-tokens", type=number, default=4096, help="tokens of one step over all ranks")
+    add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
-    add("--tokens", type=number, help="tokens to train on; 0 only evaluates and writes nothing (default: 2e6)")
+    add("--tokens", type=number, help="tokens to train on; 0 only evaluates and writes nothing (default: 3e6)")
     add("--flops", type=positive, help="training FLOPs to spend")
     add("--tokens-per-param", type=positive, help="tokens a parameter of N_active")
 
     add = parser.add_argument_group("shape (of a new model)").add_argument
-    add("--hidden-size", type=number, default=c.hidden_size, help="width of the residual stream (default: %(default)s)")
-    add("--intermediate-size", type=number, help="width of the MLP, or of a full-width expert (default: 3 x hidden size)")
-    add("--num-hidden-layers", type=number, default=c.num_hidden_layers, help="blocks (default: %(default)s)")
+    add("--hidden-size", type=number, default=c.hidden_size, help="width of the residual stream")
+    add("--intermediate-size", type=number, help="width of the MLP or of a full expert (default: 3 x hidden size)")
+    add("--num-hidden-layers", type=number, default=c.num_hidden_layers, help="blocks")
     add("--num-attention-heads", type=number, help="query heads (default: hidden size / 64, at least 4)")
-    add("--num-key-value-heads", type=number, help="key and value heads; fewer is grouped-query attention (default: heads)")
+    add("--num-key-value-heads", type=number, help="key and value heads; fewer: grouped queries (default: heads)")
     add("--head-dim", type=number, help="width of a head, even (default: hidden size / heads)")
-    add("--qk-norm", action=argparse.BooleanOptionalAction, default=c.qk_norm, help="norm of queries and keys (default: %(default)s)")
-    add("--tie-word-embeddings", action=argparse.BooleanOptionalAction, default=c.tie_word_embeddings, help="one matrix as embedding and head (default: %(default)s)")
-    add("--rope-theta", type=positive, default=c.rope_theta, help="base of the rotary frequencies (default: %(default)s)")
-    add("--experts", type=number, default=c.experts, help="expansion rate E: full-width experts; 0 is a dense model (default: %(default)s)")
-    add("--top-k", type=number, default=c.top_k, help="full-width experts a token (default: %(default)s)")
-    add("--granularity", type=number, default=c.granularity, help="narrow experts that a full-width one is split into (default: %(default)s)")
-    add("--router", choices=model.moe.ROUTERS, default=c.router, help="order of softmax and top-k (default: %(default)s)")
-    add("--capacity-factor", type=positive, help="an expert takes this many times its even share, the rest is dropped (default: drop nothing)")
+    add("--qk-norm", action=switch, default=c.qk_norm, help="norm of queries and keys")
+    add("--tie-word-embeddings", action=switch, default=c.tie_word_embeddings, help="one matrix as embedding and head")
+    add("--rope-theta", type=positive, default=c.rope_theta, help="base of the rotary frequencies")
+    add("--experts", type=number, default=c.experts, help="full-width experts, E; 0 is a dense model")
+    add("--top-k", type=number, default=c.top_k, help="full-width experts a token")
+    add("--granularity", type=number, default=c.granularity, help="experts that a full one is split into, G")
+    add("--router", choices=model.moe.ROUTERS, default=c.router, help="order of softmax and top-k")
+    add("--capacity-factor", type=positive, help="even shares of tokens that an expert takes (default: drop nothing)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=positive, default=3e-3, help="highest learning rate (default: %(default)s)")
-    add("--min-lr", type=positive, default=0.0, help="learning rate at the end (default: %(default)s)")
+    add("--lr", type=positive, default=3e-3, help="highest learning rate")
+    add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
     add("--warmup", type=number, help="steps of linear warmup (default: 2%% of the run)")
-    add("--schedule", choices=("cosine", "wsd", "constant"), default="wsd", help="wsd: constant, then linear decay (default: %(default)s)")
-    add("--decay-fraction", type=positive, default=0.25, help="share of the run in which wsd decays (default: %(default)s)")
-    add("--weight-decay", type=positive, default=0.1, help="of matrices, a step and unit of rate (default: %(default)s)")
-    add("--grad-clip", type=positive, default=1.0, help="largest norm of the gradient; 0 does not clip (default: %(default)s)")
-    add("--balance-coef", type=positive, default=c.balance_coef, help="weight of the MoE balancing loss (default: %(default)s)")
-    add("--z-coef", type=positive, default=0.001, help="weight of the MoE router's z-loss (default: %(default)s)")
-    add("--seed", type=number, default=1, help="of the new weights, and of the order of text in a lineage's first run (default: %(default)s)")
+    schedules = ("cosine", "wsd", "constant")
+    add("--schedule", choices=schedules, default="wsd", help="of the rate; wsd is constant, then linear decay")
+    add("--decay-fraction", type=positive, default=0.25, help="share of the run in which wsd decays")
+    add("--weight-decay", type=positive, default=0.1, help="of matrices, a step and unit of rate")
+    add("--grad-clip", type=positive, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--balance-coef", type=positive, default=c.balance_coef, help="weight of the MoE balancing loss")
+    add("--z-coef", type=positive, default=0.001, help="weight of the MoE router's z-loss")
+    add("--seed", type=number, default=1, help="of new weights, and of the text's order in a lineage's first run")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the products; auto: bfloat16 where it is fast (default: %(default)s)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on CUDA only)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="auto", help="of the products; auto is bfloat16 where it is fast")
+    add("--compile", action=switch, help="torch.compile each block (default: on CUDA only)")
     add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer over the ranks")
 
     add = parser.add_argument_group("rhythm").add_argument
-    add("--log-every", type=number, default=10, help="steps between two rows of log.csv (default: %(default)s)")
+    add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
     add("--eval-every", type=number, help="steps between evaluations (default: a tenth of the run)")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
-    add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots out/RUN/step-N at these tokens")
+    add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
     return parser
 
 
@@ -211,7 +224,7 @@ def check_whole(folder):
 def settle(args, given, world):
     """Checks the flags against each other and the folders they name, before any work starts.
 
-    Returns (args with the parent's values filled in, Config, state of trainer.pt or None, lineage, tokenizer, the module of
+    Returns (args with the parent's values filled in, Config, state of trainer.pt or None, lineage, tokenizer, module of
     --init or None).
     Raises ValueError or FileNotFoundError."""
     config = state = module = None
@@ -223,7 +236,8 @@ def settle(args, given, world):
         saved = state["settings"]
         for name, value in given.items():
             if name not in FREE and saved.get(name) != value:
-                raise ValueError(f"{flag(name)} {value} differs from the run's {saved.get(name)} (a resumed run keeps its settings)")
+                why = f"differs from the run's {saved.get(name)} (a resumed run keeps its settings)"
+                raise ValueError(f"{flag(name)} {value} {why}")
         for name, value in saved.items():
             if name not in MACHINE and (name not in FREE or name not in given):
                 setattr(args, name, value)
@@ -237,7 +251,7 @@ def settle(args, given, world):
     if len(horizons) > 1:
         raise ValueError(f"{flag(horizons[0])} and {flag(horizons[1])} are two horizons (one of them)")
     if not horizons:
-        args.tokens = 2_000_000
+        args.tokens = 3_000_000
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise ValueError(f"--out {args.out} exists (another name, --resume to go on with it, --overwrite to delete it)")
     if args.overwrite and args.out and Path(args.out).exists():
@@ -263,12 +277,9 @@ def settle(args, given, world):
         check_whole(parent)
         name, lineage, before = read_lineage(parent, args.source_tokens)
         if args.branch:
-            refuse(given, DATA + ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "balance_coef",
-                                  "z_coef", "seed", "capacity_factor"), "cannot be given with --branch (it keeps data, optimizer, seed and rate)")  # fmt: skip
             state = read_trainer(parent)
-            keep = set(vars(args)) - set(FREE) - {"overwrite", "init", "branch", "source_tokens", "tokens", "flops", "tokens_per_param",
-                                                  "min_lr", "save_at"} - set(given)  # fmt: skip
-            for key in keep:
+            refuse(given, KEPT, "cannot be given with --branch (it keeps data, optimizer, seed and rate)")
+            for key in (*SHAPE, *KEPT, *{"dtype", "micro_batch"} - given.keys()):
                 setattr(args, key, state["settings"][key])
             args.schedule, args.warmup, args.decay_fraction, args.lr = "wsd", 0, 1.0, state["lr"]
         args.data = args.data or before.get("data")
@@ -277,8 +288,9 @@ def settle(args, given, world):
         tokenizer = data.load_tokenizer(given.get("tokenizer", parent))
         tokenizer.name = given.get("tokenizer") or name or tokenizer.name
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"--tokenizer {args.tokenizer} has {tokenizer.vocab_size} tokens, {parent} knows {config.vocab_size} (its own tokenizer)")
-        if "balance_coef" not in given:
+            right = f"{parent} knows {config.vocab_size}: its own tokenizer"
+            raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
+        if "balance_coef" not in given and args.init:
             args.balance_coef = config.balance_coef
     else:
         tokenizer = data.load_tokenizer(args.tokenizer or "bytes")
@@ -288,7 +300,8 @@ def settle(args, given, world):
         args.num_key_value_heads = args.num_key_value_heads or args.num_attention_heads
         if not args.head_dim:
             if D % args.num_attention_heads:
-                raise ValueError(f"{args.num_attention_heads} heads do not divide the hidden size {D} (a divisor, or --head-dim)")
+                heads = args.num_attention_heads
+                raise ValueError(f"{heads} heads do not divide the hidden size {D} (a divisor, or --head-dim)")
             args.head_dim = D // args.num_attention_heads
         args.context = args.context or 256
         config = model.Config(
@@ -296,8 +309,7 @@ def settle(args, given, world):
             **{k: getattr(args, k) for k in SHAPE},
         )  # fmt: skip
     if not config.experts:
-        moe_only = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", "z_coef")
-        refuse(given, moe_only, "is for a mixture of experts (add --experts)")
+        refuse(given, MIXTURE, "is for a mixture of experts (add --experts)")
     config.balance_coef = args.balance_coef
     config.capacity_factor = args.capacity_factor if config.experts else None
     config.check()
@@ -328,8 +340,8 @@ def fast_bf16(device):
 
 
 def default_micro_batch(config, context, windows, device):
-    """The largest divisor of a rank's windows whose activations stay below 16 GB (an accelerator) or 0.5 GB (a CPU, where
-    what fits the caches is fastest anyway), at 34 bytes an activation."""
+    """The largest divisor of a rank's windows whose activations, at 34 bytes each, stay below 16 GB on an accelerator,
+    0.5 GB on a CPU (where what is near the caches is fastest anyway)."""
     width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
     most = (16e9 if device.type != "cpu" else 0.5e9) / (34 * config.num_hidden_layers * width * context)
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
@@ -439,12 +451,13 @@ def main(argv=None):
     args.eval_every = args.eval_every or max(1, steps // 10)
     args.save_every = args.save_every or max(1, steps // 10)
     snapshots = {round(t / args.batch_tokens) for t in args.save_at}
+    say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
     say(
-        f"N {sizes['N']:,}  N_active {sizes['N_active']:,}  N_total {sizes['N_total']:,}  embeddings {sizes['embeddings']:,}; "
-        f"{steps:,} steps of {args.batch_tokens:,} tokens = {accumulate} x {args.micro_batch} windows of {args.context} "
-        f"x {world} ranks; {steps * args.batch_tokens * flops_per_token:.3g} FLOPs"
+        f"{steps:,} steps of {args.batch_tokens:,} tokens = {world} ranks x {accumulate} x {args.micro_batch} windows "
+        f"of {args.context}; {steps * args.batch_tokens * flops_per_token:.3g} FLOPs"
     )
-    peak = next((p for name, p in PEAKS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((p for kind, p in PEAKS.items() if kind in name), None)
 
     # shards or replicas, then the optimizer
     if args.fsdp:
@@ -469,15 +482,12 @@ def main(argv=None):
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if state:  # the moments: of the resumed run, or of the trunk
-        for name, p in named.items():
-            moments = {k: t.clone() for k, t in state["optimizer"].get(name, {}).items()}
-            for k, t in moments.items():
-                if t.dim():
-                    moments[k] = distribute_tensor(t.to(device), p.device_mesh, p.placements) if args.fsdp else t.to(device)
-                else:
-                    moments[k] = t.to(device)
-            if moments:
-                optimizer.state[p] = moments
+        for name, moments in state["optimizer"].items():
+            p = named[name]
+            optimizer.state[p] = {k: t.clone().to(device) for k, t in moments.items()}
+            for k, t in optimizer.state[p].items():
+                if args.fsdp and t.dim():
+                    optimizer.state[p][k] = distribute_tensor(t, p.device_mesh, p.placements)
 
     def whole(t):
         return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
@@ -537,7 +547,8 @@ def main(argv=None):
         out = Path(args.out)
         step, seconds, samples = state["step"], state["seconds"], state["samples"]
     elif master:
-        out = Path(args.out) if args.out else next(p for i in range(1, 10**6) if not (p := Path(f"out/run-{i}")).exists())
+        free = (path for i in range(1, 10**6) if not (path := Path(f"out/run-{i}")).exists())
+        out = Path(args.out) if args.out else next(free)
         if args.overwrite and out.exists():
             shutil.rmtree(out)
         out.mkdir(parents=True)
@@ -565,20 +576,23 @@ def main(argv=None):
     def save(folder, finished=False):
         """Everything at this step into `folder`; trainer.pt last: its renaming is the commit."""
         weights = {n: whole(t) for n, t in module.state_dict().items()}
-        moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in named.items() if p in optimizer.state}
+        moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in named.items()}
         if not master:
             return
-        now = counted()
+        now, spent = counted(), {}
+        for c in corpora:
+            tokens = (reader.read[c.name] - reads_before[c.name]) * args.context
+            spent[c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
         step_now = {
-            "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": args.seed,
-            "data": {c.name: {"weight": c.weight, "tokens": (reader.read[c.name] - reads_before[c.name]) * args.context, **c.about} for c in corpora},
+            "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": args.seed, "data": spent,
             "settings": {**settings, "tokenizer": tokenizer.key},
         }  # fmt: skip
         run = {"tokenizer": tokenizer.name, "step": step, **sizes, "lineage": [*history, step_now]}
         kept = {
             "format": 1, "step": step, "finished": finished, "settings": settings, "config": vars(config), "run": run,
             "weights": weights, "optimizer": moments, "sequence": reader.sequence, "read": reader.read,
-            "reads_before": reads_before, "samples": samples, "seconds": now["seconds"], "lr": optimizer.param_groups[0]["lr"],
+            "reads_before": reads_before, "samples": samples, "seconds": now["seconds"],
+            "lr": optimizer.param_groups[0]["lr"],
         }  # fmt: skip
         try:
             model.save(module, folder, tokenizer, weights, step)
@@ -613,7 +627,8 @@ def main(argv=None):
     last_step = step
     fresh = not args.resume
     sample_at = {0, steps // 10, steps // 2, steps}
-    bar = tqdm(total=steps, initial=step, unit="step", disable=not master or not sys.stderr.isatty(), dynamic_ncols=True)
+    quiet = not master or not sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     module.train()
     final, number, code = None, 0, 0
 
@@ -661,7 +676,8 @@ def main(argv=None):
             group["lr"] = lr
         items = reader.take(windows * world)
         loss_sum = torch.zeros((), device=device)
-        extra = torch.zeros(4, device=device)  # balance loss, z-loss, dropped, entropy
+        parts = ("balance_loss", "z_loss", "dropped", "entropy")
+        extra = torch.zeros(len(parts), device=device)
         load = None
         for micro in range(accumulate):
             first = (micro * world + rank) * args.micro_batch
@@ -678,7 +694,7 @@ def main(argv=None):
                 total = loss
                 if aux:
                     total = loss + args.balance_coef * aux["balance_loss"] + args.z_coef * aux["z_loss"]
-                    extra += torch.stack([aux[k].detach().float() for k in ("balance_loss", "z_loss", "dropped", "entropy")])
+                    extra += torch.stack([aux[k].detach().float() for k in parts])
                     load = aux["counts"] if load is None else load + aux["counts"]
                 (total / accumulate).backward()
             loss_sum += loss.detach()
@@ -702,16 +718,17 @@ def main(argv=None):
                 violation = (load.max(-1).values / load.mean(-1) - 1).mean().item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 bar.close()
-                say(f"train.py: step {step}: the loss is {loss}, the gradient's norm {norm}; stopped. The last good checkpoint is {out}")
+                say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last good one: {out}")
                 code = 1
                 break
         if due:
             now = time.time()
             speed = (step - last_step) * args.batch_tokens / (now - last_time)
             last_time, last_step = now, step
-            row = counted() | {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}",
-                               "tokens_per_second": round(speed, 1), "tflops": round(speed * flops_per_token / 1e12, 4),
-                               "mfu": "" if peak is None else round(speed * flops_per_token / peak / world, 4)}  # fmt: skip
+            row = counted() | {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}"}
+            row["tokens_per_second"] = round(speed, 1)
+            row["tflops"] = round(speed * flops_per_token / 1e12, 4)
+            row["mfu"] = "" if peak is None else round(speed * flops_per_token / peak / world, 4)
             if config.experts:
                 row |= dict(zip(columns[-5:], [f"{v:.6f}" for v in (*extra[:2], violation, *extra[2:])]))
             if master:
@@ -761,16 +778,17 @@ def summarise(out, corpora, context, losses, bits, load, samples):
         rulers[c.name] = ruler = data.ngram_losses(c, context)
         better = [n for n in (1, 2, 3) if losses[c.name] < ruler[n - 1]]
         verdict = f"below {better[-1]}-gram counts" if better else "above all of them: hardly trained"
-        print(f"  {c.name:<24} {losses[c.name]:>10.4f} {bits(losses[c.name], c):>10.4f}     " + "  ".join(f"{r:.4f}" for r in ruler) + f"  {verdict}")
+        reached = f"{losses[c.name]:>10.4f} {bits(losses[c.name], c):>10.4f}"
+        print(f"  {c.name:<24} {reached}     {'  '.join(f'{r:.4f}' for r in ruler)}  {verdict}")
     if load is not None:
-        print("\nload of each expert in the last step, a row a layer ('.' none, 5 an even share, 9 twice it or more)")
+        print("\nload of each expert in the last step, a row a layer ('.' none, 5 an even share, 9 about twice it)")
         for i, row in enumerate((load / load.mean(-1, keepdim=True)).tolist()):
             print(f"  layer {i:>2}  " + "".join("." if v == 0 else str(min(9, max(1, round(5 * v)))) for v in row))
     plot(out, rulers)
     print(f"\n{samples[-1]}")
     print(f"written: {out}/  (model.safetensors, run.json, log.csv, eval.csv, samples.txt, loss.png)\nnext:")
     print(f'  python model.py {out} --prompt "def "')
-    print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # continue in another language, with 10 % replay")
+    print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
 
 
 def plot(out, rulers):

@@ -66,11 +66,13 @@ def main():
         if name in done:
             continue
         probe = PROBE.format(root=str(HERE.parent), flags=flags.split())
-        speed = float(subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True)
+        speed = float(done.stdout)
         tokens = round(speed * args.seconds, -5)
         out, start = Path(args.out) / str(i), time.time()
-        command = [sys.executable, HERE.parent / "train.py", *flags.split(), "--tokens", str(int(tokens)), "--out", out, "--overwrite"]
-        subprocess.run([*command, "--eval-every", "1000000", "--save-every", "1000000"], env=env, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, HERE.parent / "train.py", *flags.split(), "--tokens", str(int(tokens)), "--out", out]
+        command += ["--overwrite", "--eval-every", "1000000", "--save-every", "1000000"]
+        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
         loss = list(csv.DictReader(open(out / "eval.csv")))[-1]["python_loss"]
         new = not table.exists()
         with open(table, "a", newline="") as f:

@@ -1,4 +1,4 @@
-"""The transformer against `transformers`, against itself, and its folder against every way in which it can be broken."""
+"""The transformer against `transformers` and against itself, its folder against the ways in which it can be broken."""
 
 import importlib
 import json
@@ -273,7 +273,7 @@ BROKEN = {
     "wrong shape": (lambda f: edit(f, vocab_size=98), "config.json says"),
     "missing layer": (lambda f: edit(f, num_hidden_layers=3), "lacks the tensor model.layers.2"),
     "extra layer": (lambda f: edit(f, num_hidden_layers=1), "has, beyond its configuration, the tensor model.layers.1"),
-    "missing tensor": (lambda f: tensors(f, lambda s: s.pop("model.norm.weight")), "lacks the tensor model.norm.weight"),
+    "missing tensor": (lambda f: tensors(f, lambda s: s.pop("model.norm.weight")), "lacks the tensor model.norm"),
     "truncated": (lambda f: cut(f / "model.safetensors", 5000), "not a whole safetensors file"),
     "truncated header": (lambda f: cut(f / "model.safetensors", 4), "not a whole safetensors file"),
     "shard outside": (lambda f: shards(f, "../a.safetensors"), "outside the folder"),

@@ -67,12 +67,13 @@ def run(texts, *flags):
 
 
 def command(texts, *flags, torchrun=0):
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun), "--master-port", str(random.randint(20000, 40000))]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", torchrun]
     flags = [*TINY, "--data", texts / "a.txt", *flags] if "--resume" not in flags else flags
     return [str(part) for part in (sys.executable, *(start if torchrun else []), ROOT / "train.py", *flags)]
 
 
 ENV = os.environ | {"PYTHONWARNINGS": "ignore"}
+CAPTURE = dict(env=ENV, capture_output=True, text=True)
 
 
 def table(path, without=TIMES):
@@ -149,7 +150,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(here, texts):
     torch.save({**state, "weights": {k: v.clone() for k, v in state["weights"].items()}}, "full/trainer.new")
     os.replace("full/trainer.new", "full/trainer.pt")
     old = Path("full/trainer.pt").read_bytes()
-    done = subprocess.run(command(texts, "--resume", "--out", "full"), env=ENV, capture_output=True, text=True, preexec_fn=small_disk)
+    done = subprocess.run(command(texts, "--resume", "--out", "full"), preexec_fn=small_disk, **CAPTURE)
     assert done.returncode == 1 and "could not be saved" in done.stderr and "Traceback" not in done.stderr
     assert Path("full/trainer.pt").read_bytes() == old
     model.load("full")
@@ -165,12 +166,13 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     flags = [*extra, "--tokens", 256 * 50, "--micro-batch", 2, "--log-every", 1]
     run(texts, *flags, "--out", "one")
     for out, more in (("two", []), ("shards", ["--fsdp"])):
-        done = subprocess.run(command(texts, *flags, *more, "--out", out, torchrun=2), env=ENV, capture_output=True, text=True)
+        done = subprocess.run(command(texts, *flags, *more, "--out", out, torchrun=2), **CAPTURE)
         assert done.returncode == 0, done.stderr[-3000:]
     columns = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
-    losses = {out: np.array([[float(r[c]) for c in columns] for r in table(f"{out}/log.csv")]) for out in ("one", "two", "shards")}
-    assert len(losses["one"]) == 50
-    assert np.abs(losses["two"] - losses["one"]).max() < 1e-4 and np.abs(losses["shards"] - losses["two"]).max() < 1e-4
+    one, two, shards = (
+        np.array([[float(row[c]) for c in columns] for row in table(f"{o}/log.csv")]) for o in ("one", "two", "shards")
+    )
+    assert len(one) == 50 and np.abs(two - one).max() < 1e-4 and np.abs(shards - two).max() < 1e-4
     a, b = (float(table(f"{out}/eval.csv")[-1]["a_loss"]) for out in ("one", "shards"))
     assert abs(a - b) < 1e-4
     model.load("shards")
@@ -178,7 +180,7 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
 
 
 def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(here, texts):
-    done = subprocess.run(command(texts, "--lr", "-1", torchrun=2), env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command(texts, "--lr", "-1", torchrun=2), **CAPTURE)
     assert done.stderr.count("train.py: error:") >= 1 and done.returncode
     assert "exitcode  : 2" in done.stderr
 
@@ -213,7 +215,8 @@ def test_replay_and_an_evaluated_corpus_are_counted_apart(here, texts):
     step = model.read_json("replay/run.json")["lineage"][-1]
     assert sum(d["tokens"] for d in step["data"].values()) == 2048
     assert abs(step["data"]["b"]["tokens"] - 1536) <= 64
-    run(texts, "--init", "parent", "--tokens", 2560, "--data", f"{texts}/b.txt:1,{texts}/a.txt:0", "--out", "none", "--batch-tokens", 256)
+    spec = f"{texts}/b.txt:1,{texts}/a.txt:0"
+    run(texts, "--init", "parent", "--tokens", 2560, "--data", spec, "--batch-tokens", 256, "--out", "none")
     assert model.read_json("none/run.json")["lineage"][-1]["data"]["a"]["tokens"] == 0
     rows = table("none/eval.csv")
     assert float(rows[-1]["b_loss"]) < float(rows[0]["b_loss"]) and "a_loss" in rows[0]
@@ -249,7 +252,7 @@ def test_an_init_of_a_folder_killed_while_saving_asks_to_resume_it(here, texts, 
 
 
 def test_every_horizon_means_the_same_number_of_steps(here, texts):
-    config = model.Config(hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=8, max_position_embeddings=32)
+    config = model.Config(hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=8)
     module = model.Transformer(config)
     active, flops = module.num_parameters()["N_active"], module.flops_per_token(32)
     for i, horizon in enumerate((["--tokens", 5120], ["--flops", 5120 * flops], ["--tokens-per-param", 5120 / active])):
@@ -386,7 +389,8 @@ def shelf(tmp_path_factory, texts):
             config = json.loads(Path(name, "config.json").read_text()) | change
             Path(name, "config.json").write_text(json.dumps(config))
         Path("outside/model.safetensors").unlink()
-        Path("outside/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../done/model.safetensors"}}))
+        index = {"weight_map": {"x": "../done/model.safetensors"}}
+        Path("outside/model.safetensors.index.json").write_text(json.dumps(index))
         Path("evil/trainer.pt").write_bytes(pickle.dumps(Evil()))
         Path("notarun").mkdir()
         Path("notarun/thesis.txt").write_text("years of work")
@@ -468,7 +472,8 @@ def test_bad_input_is_one_line_and_changes_nothing(case, shelf, monkeypatch, cap
 
 
 def test_numbers_are_read_as_people_write_them():
-    args = train.get_parser().parse_args("--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6,2_000_000".split())
+    flags = "--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6,2_000_000"
+    args = train.get_parser().parse_args(flags.split())
     assert (args.tokens, args.batch_tokens, args.seed, args.save_at) == (10**6, 2 * 10**6, 0, [10**6, 2 * 10**6])
 
 
