@@ -17,6 +17,8 @@ Measured (2 CPU cores, bf16, head_dim 32, context 256): torch's fused attention 
 of `causal_attention`, its RMSNorm twice as long as the same formula with a gradient by hand; so both stand here, for
 CPUs. One joined product for queries, keys and values, or for gate and up, gained nothing.
 
+The first half is the transformer; what follows "the folder" reads and writes it, refusals included.
+
 Left out on purpose: dropout (one pass over the data needs none), biases, sliding windows, sequence packing masks, and
 every attention kernel but torch's `scaled_dot_product_attention`.
 
@@ -53,7 +55,8 @@ import moe
 
 @dataclass
 class Config:
-    """The shape of a model, in Hugging Face's names. `experts`, `top_k` and `granularity` are those of moe.py."""
+    """The shape of a model, in Hugging Face's names; `experts`, `top_k` and `granularity` are those of moe.py. A new
+    field must also be said in public_config and read in read_config, or refused: else it is lost on the way to disk."""
 
     vocab_size: int = 256
     hidden_size: int = 128  # width of the residual stream
@@ -61,7 +64,7 @@ class Config:
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 4  # fewer than heads: grouped-query attention
-    head_dim: int = 32  # free of hidden_size / heads
+    head_dim: int = 32  # need not be hidden_size / heads
     max_position_embeddings: int = 256  # the context it was trained with
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -72,8 +75,8 @@ class Config:
     top_k: int = 2  # full-width experts a token, K
     granularity: int = 1  # G: each full-width expert is split into G
     router: str = "topk-softmax"  # or softmax-topk
-    capacity_factor: float | None = None  # None: no token is ever dropped (training only, not stored)
-    balance_coef: float = 0.01  # weight of the balancing loss in training
+    capacity_factor: float | None = None  # of training; None: no token is ever dropped (not stored)
+    balance_coef: float = 0.01  # of training: weight of the balancing loss
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
 
@@ -119,7 +122,7 @@ class RMSNormFunction(torch.autograd.Function):
         n, rms, gain = ctx.saved_tensors
         dy, wide = dy.to(n.dtype), gain.to(n.dtype)
         dyn = dy * n
-        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx is orthogonal to x: rms(x) is divided out
+        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx = (gain dy - n mean(gain dy n)) / rms
         dx = (dy * wide).addcmul_(n, mean, value=-1).div_(rms)
         return dx.to(ctx.dtype), dyn.flatten(0, -2).sum(0).to(gain.dtype), None
 
@@ -138,8 +141,8 @@ class RMSNorm(nn.Module):
 
 def rotation(config, positions, device):
     """cos and +-sin of the rotary angles, (T, head_dim) each, fp32: angle = position * theta^(-2 i / head_dim)."""
-    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    frequency = config.rope_theta ** (-i / config.head_dim)  # (head_dim / 2,)
+    two_i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = config.rope_theta ** (-two_i / config.head_dim)  # (head_dim / 2,)
     if config.rope_scaling:  # Llama 3.1: slow frequencies turn `factor` times slower, fast ones stay, ramp between
         s = config.rope_scaling
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
@@ -197,7 +200,7 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # beyond, memory grows with T^2
             y = causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
@@ -214,7 +217,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up), None
+        return self.down_proj(F.silu(gate) * up), None  # no router, no aux: see moe.MoE
 
 
 class Block(nn.Module):
@@ -299,7 +302,9 @@ class Transformer(nn.Module):
         return [[] for _ in self.model.layers]
 
     def num_parameters(self):
-        """{"N", "N_active", "N_total", "embeddings"}: the counts of the README's table of symbols, in parameters."""
+        """{"N", "N_active", "N_total", "embeddings"}, in parameters. N counts no embeddings, head and routers, and a
+        mixture as one full-width MLP: the dense model of that shape. N_active is what a token touches, N_total all;
+        both with routers, without embeddings and head."""
         c = self.config
         embeddings = self.model.embed_tokens.weight.numel() * (1 if c.tie_word_embeddings else 2)
         total = sum(p.numel() for p in self.parameters()) - embeddings
@@ -357,7 +362,7 @@ def init_weights(module, seed):
             p.copy_(normal(p.shape, std, seed, layer, 0, name.split(".")[-2]))
             continue
         matrix = name.split(".")[-1]
-        if matrix == "down_proj":  # drawn as a slice of the full-width matrix would be, then scaled
+        if matrix == "down_proj":  # p.shape[-1] is F / G, and the fan-in of the full width is meant; then scaled
             std *= moe.output_scale(c.experts, c.top_k, c.granularity, c.router) / math.sqrt(c.granularity)
         for e in range(p.shape[0]):
             p[e].copy_(normal(p.shape[1:], std, seed, layer, e, matrix))
@@ -369,8 +374,8 @@ def init_weights(module, seed):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Gives the path of a new file beside `path` and renames it into place at the end: readers see the old file or the
-    new one, never half of one."""
+    """Gives the path of a new file beside `path` and renames it into place at the end: readers, and a machine after a
+    power cut, see the old file or the new one, never half of one."""
     path = Path(path)
     beside = path.with_name(path.name + ".partial")
     try:
@@ -492,24 +497,26 @@ def public_config(c, dtype):
     else:
         h["sliding_window"] = None
     if c.experts:
+        renormalised = {"topk-softmax": True, "softmax-topk": False}[c.router]  # there is no other public router
         width, total, chosen = c.intermediate_size // c.granularity, c.experts * c.granularity, c.top_k * c.granularity
         h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": c.balance_coef / chosen}
         h["granularity"] = c.granularity
         if kind == "mixtral":
             h |= {"num_local_experts": total, "intermediate_size": width}
         else:
-            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": c.router == "topk-softmax"}
+            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": renormalised}
             h |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     return h
 
 
 def public_tensors(c, state):
     """Yields (public name, tensor) of a state dict: experts one by one, a tied head left out."""
-    names = ("w1", "w3", "w2") if not c.qk_norm else ("gate_proj", "up_proj", "down_proj")
+    mixtral = c.experts and not c.qk_norm  # has names of its own; with QK-norm it is Qwen3-MoE, with the dense names
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for name, t in state.items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
-        if c.experts and not c.qk_norm and ".mlp." in name:
+        if mixtral and ".mlp." in name:
             name = name.replace(".mlp.", ".block_sparse_moe.")
         if ".experts.gate_up_proj" in name:
             prefix = name.removesuffix("gate_up_proj")
@@ -561,7 +568,7 @@ def load(folder, dtype=torch.float32):
     Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says.
     """
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without numbers: public_tensors of them lists what the files must hold
         module = Transformer(config)
     state = {n: p for n, p in module.state_dict().items() if not (n == "lm_head.weight" and config.tie_word_embeddings)}
     files = tensor_files(folder)
@@ -586,7 +593,7 @@ def load(folder, dtype=torch.float32):
                 if shape != shapes[name]:
                     raise ValueError(f"{path}: {name} has shape {shape} (config.json says {shapes[name]})")
                 weights[name] = f.get_tensor(name).to(dtype)
-    for name, t in rest.items():  # join the experts
+    for name, t in rest.items():  # join the experts, in the order in which public_tensors takes them apart
         if ".experts." in name:
             parts = [weights.pop(n) for n, _ in public_tensors(config, {name: t})]
             if name.endswith("gate_up_proj"):

@@ -4,7 +4,7 @@ The mixture-of-experts layer: many MLPs side by side, of which each token uses a
 A dense transformer layer sends every token through the same MLP. Here a router, one matrix, looks at the token and
 picks K of E MLPs, the experts (Shazeer et al., 1701.06538). Parameters grow with E, arithmetic only with K:
 
-    l_i = gate_i . x                                           a logit for each expert i
+    l_i = r_i . x                                              a logit for each expert i; r_i a row of the router
     y   = sum over the K largest l_i of  s_i expert_i(x)       expert_i(x) = down_i (silu(gate_i x) * up_i x), a SwiGLU
 
 Choosing has no gradient. The router learns through the scores s alone, and there are two orders of computing them:
@@ -14,12 +14,14 @@ Choosing has no gradient. The router learns through the scores s alone, and ther
     softmax-topk    s = softmax over all E logits, of which the K chosen are used as they are
                     (Switch, 2101.03961; ST-MoE, 2202.08906).
 
-Granularity G (2402.07871, the section of that name) cuts each full-width expert into G experts of width F / G and gives
-every token K G of them. Parameters and arithmetic stay, the number of possible teams grows. The parts of full-width
-expert e are neighbours: e G ... e G + G - 1. On equal logits the lower index is chosen, so tied neighbours go together.
-Many small scores times many narrow experts make a small output; `output_scale` is the factor on the initial down_proj
-that gives it the dense layer's variance again. (2402.07871 adds a LayerNorm instead; 2410.07524, where the experts are
-trained already, scales both of their matrices by the cube root of such a factor.)
+Granularity G (2402.07871, the section of that name) cuts each full-width expert into G narrow ones and gives a token G
+times as many. Parameters and arithmetic stay, but for a router of G times the rows; the number of possible teams grows.
+The parts of full-width expert e are neighbours: e G ... e G + G - 1. On equal logits the lower index is chosen, so that
+tied neighbours go together. Many small scores times many narrow experts make a small output; `output_scale` is the
+factor on the initial down_proj that gives it the dense layer's variance again. (2402.07871 adds a LayerNorm instead.)
+
+Letters. E, K and F count what is there after the cut: E = experts G, K = top_k G, F = intermediate_size / G. The names
+of the flags, experts and top_k, count full-width experts.
 
 Balancing. Experts that are used more learn more and are then used more still. Two losses lean against it:
 
@@ -44,7 +46,7 @@ Measured (1 and 2 threads of a CPU, bfloat16, T 4096, D 512, 64 experts of width
   long, autograd in place of the gradient by hand 1.1 to 1.3 times, grouped_mm 1.2 to 1.8, padded batches 1.5 or more.
 - `loop` keeps 60 MB for the backward pass, the dense layer 92. experiments/bench_moe.py prints this, and all totals.
 - index_select instead of x[index] saved 15 %; summing y and dx in float32 instead of bfloat16 cost nothing.
-- The score goes into the hidden activations, not the output: fewer numbers where experts are narrow (F < D). Counted.
+- The score goes into the hidden activations, not the output (down_i is linear): fewer numbers where F < D.
 - `grouped` is tested for its numbers, compiled and on a CPU; its speed on a GPU has not been measured.
 
 Left out on purpose. Expert choice: experts pick tokens, so a token's experts depend on tokens that come later. The
@@ -70,12 +72,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# A tensor's suffix names its axes: T tokens, K experts per token, E experts, D hidden, F width of an expert,
-# P = T K pairs of token and expert, R the pairs of one expert. From here on K and E count the narrow experts: a layer
-# built with experts, top_k, granularity has E = experts G, K = top_k G, F = intermediate_size / G.
-# gate_up_EFD is gate and up, one below the other: its shape is (E, 2 F, D).
+# A tensor's suffix names its axes: T tokens, K experts per token, E experts, D hidden, F width of an expert, H = 2 F
+# (gate and up, one below the other), P = T K pairs of token and expert, R the pairs of one expert.
 
-ROUTERS = ("topk-softmax", "softmax-topk")
+ROUTERS = ("topk-softmax", "softmax-topk")  # another one also needs output_scale, and a public format in model.py
 
 
 def check(hidden_size, intermediate_size, experts, top_k, granularity, router, capacity_factor):
@@ -108,9 +108,10 @@ def check(hidden_size, intermediate_size, experts, top_k, granularity, router, c
 def output_scale(experts, top_k, granularity, router):
     """Factor on down_proj's initial scale that gives the layer the variance v of the dense layer it replaces.
 
-    A narrow expert has variance v / G and a token sums K G of them. With scores 1 / (K G), those of topk-softmax for
-    small logits, that is K G (1 / (K G))^2 v / G = v / (K G^2); with scores 1 / (E G) it is v K / (E G)^2.
-    Logits of deviation 0.5 are not small: softmax-topk then chooses scores well above 1 / (E G), and v can triple."""
+    A narrow expert sums over F of F G hidden units, so it has variance v / G, and a token adds K of them. With scores
+    1 / K, those of topk-softmax for small logits, that is K (1 / K)^2 v / G = v / (top_k G^2); with scores 1 / E it is
+    K (1 / E)^2 v / G = v top_k / E^2. Logits of deviation 0.5 are not small: softmax-topk then chooses scores well
+    above 1 / E, and the variance can triple; so the router starts small."""
     if router == "topk-softmax":
         return granularity * math.sqrt(top_k)
     return experts * granularity / math.sqrt(top_k)
@@ -120,7 +121,7 @@ class MoE(nn.Module):
     """y, aux = moe(x) with x and y (..., D). Its weights are left uninitialised: model.py fills them.
 
     aux: balance_loss, z_loss (scalars with gradient), counts (E, tokens that chose each expert, before dropping),
-    dropped (share of pairs dropped), entropy (mean entropy of the router in nats). Under autocast y has its dtype."""
+    dropped (share of pairs dropped), entropy (mean entropy of the router in nats). y has autocast's dtype, if on."""
 
     def __init__(self, hidden_size, intermediate_size, experts, top_k, granularity=1, router="topk-softmax",
                  capacity_factor=None):  # fmt: skip
@@ -128,25 +129,26 @@ class MoE(nn.Module):
         check(hidden_size, intermediate_size, experts, top_k, granularity, router, capacity_factor)
         self.top_k, self.router, self.capacity_factor = top_k * granularity, router, capacity_factor
         D, E, width = hidden_size, experts * granularity, intermediate_size // granularity
-        self.gate = nn.Linear(D, E, bias=False)
+        self.gate = nn.Linear(D, E, bias=False)  # the router, under its public name
         self.experts = nn.Module()
         self.experts.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.experts.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x):
         x_TD = x.reshape(-1, x.shape[-1])
-        gate_up_EFD, down_EDF = self.experts.gate_up_proj, self.experts.down_proj
-        device, dtype = x.device.type, gate_up_EFD.dtype
+        gate_up_EHD, down_EDF = self.experts.gate_up_proj, self.experts.down_proj
+        device, dtype = x.device.type, gate_up_EHD.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # autocast does not reach into grouped_mm and Loop
         with torch.autocast(device, enabled=False):
             score_TK, expert_TK, aux = self.route(x_TD)
             compute = grouped if can_group(x.device, dtype, down_EDF) else loop
-            y_TD = compute(x_TD.to(dtype), score_TK, expert_TK, gate_up_EFD, down_EDF)
+            y_TD = compute(x_TD.to(dtype), score_TK, expert_TK, gate_up_EHD, down_EDF)
         return y_TD.view(x.shape), aux
 
     def route(self, x_TD):
-        """Scores and indices (T, K) of the chosen experts, and aux. In float32, or in the weights' dtype if wider."""
+        """Scores and indices (T, K) of the chosen experts, and aux. In float32, or in the weights' dtype if wider: with
+        the 8 bits of bfloat16 near logits would tie."""
         K, weight_ED = self.top_k, self.gate.weight
         (T, _), E = x_TD.shape, len(weight_ED)
         dtype = torch.promote_types(weight_ED.dtype, torch.float32)
@@ -177,7 +179,8 @@ def count(expert_TK, E):
 
 
 def within_capacity(score_TK, expert_TK, E, capacity):
-    """True (T, K) for each expert's `capacity` best pairs; the earlier token on equal scores."""
+    """True (T, K) for each expert's `capacity` best pairs; the earlier token on equal scores. rank_P is a pair's place
+    in its expert's queue: both sorts are stable, so that within an expert the best score stays first."""
     best_P = score_TK.reshape(-1).argsort(descending=True, stable=True)
     expert_P = expert_TK.reshape(-1)[best_P]
     order_P = expert_P.argsort(stable=True)  # by expert, and within an expert by score
@@ -186,12 +189,12 @@ def within_capacity(score_TK, expert_TK, E, capacity):
     return torch.empty_like(order_P, dtype=torch.bool).scatter(0, best_P[order_P], rank_P < capacity).view_as(expert_TK)
 
 
-def reference(x_TD, score_TK, expert_TK, gate_up_EFD, down_EDF):
+def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """y_t = sum over k of score_tk expert_tk(x_t), (T, D)."""
     y_TD = torch.zeros_like(x_TD)
-    for e in range(len(gate_up_EFD)):
+    for e in range(len(gate_up_EHD)):
         score_T = (score_TK * (expert_TK == e)).sum(-1).to(x_TD.dtype)  # 0 where a token did not choose e
-        gate_TF, up_TF = (x_TD @ gate_up_EFD[e].to(x_TD.dtype).T).chunk(2, dim=-1)
+        gate_TF, up_TF = (x_TD @ gate_up_EHD[e].to(x_TD.dtype).T).chunk(2, dim=-1)
         y_TD = y_TD + score_T[:, None] * ((F.silu(gate_TF) * up_TF) @ down_EDF[e].to(x_TD.dtype).T)
     return y_TD
 
@@ -203,15 +206,15 @@ def can_group(device, dtype, down_EDF):
             and torch.cuda.get_device_capability(device) >= (8, 0))  # fmt: skip
 
 
-def grouped(x_TD, score_TK, expert_TK, gate_up_EFD, down_EDF):
+def grouped(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """`reference` as two products over all pairs, sorted by expert."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
     place_TK = torch.empty_like(order_P).scatter(0, order_P, torch.arange(T * K, device=x_TD.device)).view(T, K)
     token_P1 = (order_P // K)[:, None]
-    ends_E = count(expert_TK, len(gate_up_EFD)).cumsum(0).to(torch.int32)  # the last is P: every row is written
+    ends_E = count(expert_TK, len(gate_up_EHD)).cumsum(0).to(torch.int32)  # the last is P: every row is written
     x_PD = SumRows.apply(x_TD, token_P1, place_TK)
-    gate_PF, up_PF = F.grouped_mm(x_PD, gate_up_EFD.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    gate_PF, up_PF = F.grouped_mm(x_PD, gate_up_EHD.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     act_PF = (F.silu(gate_PF) * up_PF * score_TK.reshape(-1)[order_P][:, None]).to(dtype)
     y_PD = F.grouped_mm(act_PF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
     return SumRows.apply(y_PD, place_TK, token_P1)
@@ -233,11 +236,11 @@ class SumRows(torch.autograd.Function):
 
 
 @torch.compiler.disable  # group sizes are data here: nothing to compile
-def loop(x_TD, score_TK, expert_TK, gate_up_EFD, down_EDF):
+def loop(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """`reference`, with each expert on its own tokens only. On an accelerator it waits once, for the group sizes."""
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
-    pairs = order_P.split(count(expert_TK, len(gate_up_EFD)).tolist())
-    return Loop.apply(x_TD, score_TK, gate_up_EFD, down_EDF, pairs)
+    pairs = order_P.split(count(expert_TK, len(gate_up_EHD)).tolist())
+    return Loop.apply(x_TD, score_TK, gate_up_EHD, down_EDF, pairs)
 
 
 class Loop(torch.autograd.Function):
@@ -249,7 +252,7 @@ class Loop(torch.autograd.Function):
         dW = dh x'    dx += W' dh"""
 
     @staticmethod
-    def forward(ctx, x_TD, score_TK, gate_up_EFD, down_EDF, pairs):
+    def forward(ctx, x_TD, score_TK, gate_up_EHD, down_EDF, pairs):
         K, dtype = score_TK.shape[1], x_TD.dtype
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(dtype, torch.float32))
         hidden = []
@@ -257,26 +260,26 @@ class Loop(torch.autograd.Function):
             if len(pair_R) == 0:
                 continue
             token_R, score_R = pair_R // K, score_TK.reshape(-1)[pair_R].to(dtype)
-            hidden_RF = x_TD.index_select(0, token_R) @ gate_up_EFD[e].to(dtype).T
-            gate_RF, up_RF = hidden_RF.chunk(2, dim=-1)
+            hidden_RH = x_TD.index_select(0, token_R) @ gate_up_EHD[e].to(dtype).T
+            gate_RF, up_RF = hidden_RH.chunk(2, dim=-1)
             act_RF = F.silu(gate_RF).mul_(up_RF).mul_(score_R[:, None])
             y_TD.index_add_(0, token_R, (act_RF @ down_EDF[e].to(dtype).T).to(y_TD.dtype))  # a token is in here once
-            hidden.append(hidden_RF)
-        ctx.save_for_backward(x_TD, score_TK, gate_up_EFD, down_EDF, *hidden)
+            hidden.append(hidden_RH)
+        ctx.save_for_backward(x_TD, score_TK, gate_up_EHD, down_EDF, *hidden)
         ctx.pairs = pairs
         return y_TD.to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_TD):
-        x_TD, score_TK, gate_up_EFD, down_EDF, *hidden = ctx.saved_tensors
+        x_TD, score_TK, gate_up_EHD, down_EDF, *hidden = ctx.saved_tensors
         K, dtype = score_TK.shape[1], x_TD.dtype
         dx_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(dtype, torch.float32))
         dscore_P = score_TK.new_empty(score_TK.numel())
-        dgate_up_EFD, ddown_EDF = torch.empty_like(gate_up_EFD), torch.empty_like(down_EDF)
+        dgate_up_EHD, ddown_EDF = torch.empty_like(gate_up_EHD), torch.empty_like(down_EDF)
         for e, pair_R in enumerate(ctx.pairs):
             if len(pair_R) == 0:
-                dgate_up_EFD[e], ddown_EDF[e] = 0, 0
+                dgate_up_EHD[e], ddown_EDF[e] = 0, 0
                 continue
             token_R, score_R = pair_R // K, score_TK.reshape(-1)[pair_R].to(dtype)
             x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
@@ -287,12 +290,12 @@ class Loop(torch.autograd.Function):
             dact_RF = dy_RD @ down_EDF[e].to(dtype)
             dscore_P[pair_R] = (dact_RF * act_RF).sum(-1, dtype=score_TK.dtype)
             product(dy_RD.T, act_RF.mul_(score_R[:, None]), out=ddown_EDF[e])
-            dact_RF.mul_(score_R[:, None])
+            dact_RF.mul_(score_R[:, None])  # from here on s da
             dgate_RF = (1 - sigmoid_RF).mul_(silu_RF).add_(sigmoid_RF).mul_(up_RF).mul_(dact_RF)
-            dhidden_RF = torch.cat([dgate_RF, dact_RF.mul_(silu_RF)], dim=-1)
-            product(dhidden_RF.T, x_RD, out=dgate_up_EFD[e])
-            dx_TD.index_add_(0, token_R, (dhidden_RF @ gate_up_EFD[e].to(dtype)).to(dx_TD.dtype))
-        return dx_TD.to(dtype), dscore_P.view_as(score_TK), dgate_up_EFD, ddown_EDF, None
+            dhidden_RH = torch.cat([dgate_RF, dact_RF.mul_(silu_RF)], dim=-1)
+            product(dhidden_RH.T, x_RD, out=dgate_up_EHD[e])
+            dx_TD.index_add_(0, token_R, (dhidden_RH @ gate_up_EHD[e].to(dtype)).to(dx_TD.dtype))
+        return dx_TD.to(dtype), dscore_P.view_as(score_TK), dgate_up_EHD, ddown_EDF, None
 
 
 def product(a, b, out):

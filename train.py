@@ -3,11 +3,13 @@
     python train.py                                            # dense, on text this machine already has
     python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of width F/4, 8 a token
     python train.py --init out/dense --data cpp:0.9,python:0.1 # continual pretraining with 10 % replay
+    python train.py --init out/dense --upcycle 8x2             # upcycle in memory on every rank, then train
+    python train.py --init out/dense --stack 4                 # grow in memory, then train
     python train.py --branch out/trunk/step-500 --tokens 1e6   # decay from a snapshot: one trunk, many budgets
     python train.py --resume --out out/run-1                   # go on after Ctrl-C, a crash, a power cut
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
-`main` reads in the order in which it happens: flags, ranks, data, model, optimizer, then the loop: evaluate, save,
+`main` reads in the order in which it happens: flags, ranks, model, data, optimizer, then the loop: evaluate, save,
 rate, micro-batches, clip, step, log. A step is `--batch-tokens` over all ranks; what one rank cannot take at once is
 accumulated, and n ranks give the numbers of one rank that accumulates n times. A run leaves a folder: a checkpoint that
 transformers opens, `log.csv`, `eval.csv`, `samples.txt`, `loss.png`, `run.json` (what it was made of and from) and
@@ -45,7 +47,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import data
+import grow
 import model
+import upcycle
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
 PEAKS = {
@@ -89,15 +93,23 @@ def counts(text):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # says a default that the help line does not
-        silent = "default:" in action.help or action.default in (None, False, argparse.SUPPRESS)
+    """One line a flag, with its unit; a default that the help line does not say is added."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {number: "N", positive: "X"}.get(action.type, "NAME")
+
+    def _get_help_string(self, action):
+        silent = "default:" in action.help or action.default in (None, argparse.SUPPRESS) or action.const is True
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 def get_parser():
     usage = "train.py [--out FOLDER] [--tokens N] [--data SPEC] [shape, optimisation, machine flags: see --help]"
     parser = argparse.ArgumentParser(
-        "train.py", usage, "\n".join(__doc__.split("\n")[2:8]), allow_abbrev=False,
+        "train.py", usage, "\n".join(__doc__.split("\n")[2:10]), allow_abbrev=False,
         formatter_class=Help,
     )  # fmt: skip
     c, switch = model.Config, argparse.BooleanOptionalAction
@@ -138,6 +150,10 @@ def get_parser():
     add("--router", choices=model.moe.ROUTERS, default=c.router, help="order of softmax and top-k")
     add("--capacity-factor", type=positive, help="even shares of tokens that an expert takes (default: drop nothing)")
 
+    add = parser.add_argument_group("reuse (of the checkpoint of --init, in memory on every rank)").add_argument
+    add("--upcycle", metavar="ExK", help="make its MLPs experts, as in 8x2: see upcycle.py (default: leave it dense)")
+    add("--stack", type=number, help="repeat its layers so many times: see grow.py (default: leave them)")
+
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive, default=3e-3, help="highest learning rate")
     add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
@@ -169,7 +185,7 @@ def get_parser():
 def read_flags(argv):
     """argv -> (parser, args with every default, the dict of what was really given)."""
     parser = get_parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # and once more, without defaults, to learn what was given
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     return parser, args, {k: v for k, v in given.items() if v is not None}
 
@@ -191,7 +207,9 @@ def read_trainer(folder):
         raise FileNotFoundError(f"{path} does not exist (a folder that train.py has saved to)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state if state["format"] == 1 else state["?"]
+        if state["format"] != 1:
+            raise ValueError(f"format {state['format']}")
+        return state
     except Exception as error:  # torch.load raises many kinds for a torn or foreign file
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} cannot be read: {first} (a trainer.pt written by train.py)") from None
@@ -211,7 +229,7 @@ def read_lineage(folder, source_tokens=None):
 
 def check_whole(folder):
     """Raises ValueError if a killed run left weights, run.json and trainer.pt of different steps in the folder."""
-    folder, steps = Path(folder), set()
+    folder = Path(folder)
     if not (folder / "trainer.pt").exists():
         return
     steps = {read_trainer(folder)["step"], model.read_json(folder / "run.json").get("step")}
@@ -238,10 +256,10 @@ def settle(args, given, world):
             if name not in FREE and saved.get(name) != value:
                 why = f"differs from the run's {saved.get(name)} (a resumed run keeps its settings)"
                 raise ValueError(f"{flag(name)} {value} {why}")
-        for name, value in saved.items():
+        for name, value in saved.items():  # machine flags are this command's; rhythm flags too, if given
             if name not in MACHINE and (name not in FREE or name not in given):
                 setattr(args, name, value)
-        args.resume = True
+        check_batch(args, world)
         config, lineage = model.Config(**state["config"]), state["run"]["lineage"]
         return args, config, state, lineage, data.load_tokenizer(args.out), None
 
@@ -270,11 +288,16 @@ def settle(args, given, world):
         if getattr(args, name) == 0:
             raise ValueError(f"{flag(name)} is 0 (at least 1)")
 
+    if (args.upcycle or args.stack) and not args.init:
+        raise ValueError("--upcycle and --stack change the checkpoint of --init (add --init)")
     parent = args.init or args.branch
     if parent:
-        refuse(given, SHAPE, "cannot be given with a parent (the shape comes from its folder)")
+        of_upcycling = ("granularity", "router") if args.upcycle else ()
+        refuse(given, set(SHAPE) - {*of_upcycling}, "cannot be given with a parent (the shape comes from its folder)")
         config = model.read_config(parent)
         check_whole(parent)
+        if args.init:
+            module = model.load(args.init)
         name, lineage, before = read_lineage(parent, args.source_tokens)
         if args.branch:
             state = read_trainer(parent)
@@ -284,6 +307,18 @@ def settle(args, given, world):
             args.schedule, args.warmup, args.decay_fraction, args.lr = "wsd", 0, 1.0, state["lr"]
         args.data = args.data or before.get("data")
         args.context = args.context or before.get("context") or min(config.max_position_embeddings, 1024)
+        if args.upcycle:
+            experts, top_k = upcycle.parse(args.upcycle)
+            recipe = dict(granularity=args.granularity, router=args.router, seed=args.seed)
+            module = upcycle.upcycle(module, experts, top_k, **recipe)
+            lineage = [*lineage, upcycle.lineage_step(experts, top_k, **recipe)]
+        if args.stack:
+            lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
+            module = grow.grow(module, factor=args.stack, seed=args.seed)
+        if module:
+            config = module.config
+            for layer in module.model.layers if config.experts else ():
+                layer.mlp.capacity_factor = args.capacity_factor
         config.max_position_embeddings = max(config.max_position_embeddings, args.context)
         tokenizer = data.load_tokenizer(given.get("tokenizer", parent))
         tokenizer.name = given.get("tokenizer") or name or tokenizer.name
@@ -316,6 +351,12 @@ def settle(args, given, world):
     args.data, args.tokenizer = args.data or "python", tokenizer.name
     data.parse_spec(args.data)
 
+    check_batch(args, world)
+    return args, config, state, lineage, tokenizer, module
+
+
+def check_batch(args, world):
+    """Raises ValueError if a step does not divide into windows, ranks and micro-batches."""
     if args.batch_tokens % args.context:
         raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of the context {args.context}")
     windows = args.batch_tokens // args.context
@@ -323,10 +364,6 @@ def settle(args, given, world):
         raise ValueError(f"{windows} windows a step cannot be shared by {world} ranks (a multiple of {world})")
     if args.micro_batch and windows // world % args.micro_batch:
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {windows // world} windows of a rank")
-    if args.init:
-        module = model.load(args.init)
-        module.config = config
-    return args, config, state, lineage, tokenizer, module
 
 
 def fast_bf16(device):
@@ -401,32 +438,6 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
     say(f"{args.data} with {tokenizer.name} tokens on {world} x {device.type}, {args.dtype}")
 
-    # data: the first rank of each node prepares, the others then read its cache
-    problem = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            corpora = data.prepare(args.data, tokenizer, quiet=not master, context=args.context)
-            reader = data.Reader(corpora, args.context, args.seed)
-            validation = [data.validation_windows(c, args.context) for c in corpora]
-        except (ValueError, FileNotFoundError) as error:
-            problem = str(error)
-    if world > 1:
-        problems = [None] * world
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), None)
-    if problem:
-        fail(problem)
-    if int(os.environ.get("LOCAL_RANK", 0)):
-        corpora = data.prepare(args.data, tokenizer, quiet=True)
-        validation = [data.validation_windows(c, args.context) for c in corpora]
-    order_seed, sequence, read, notes = data.position(lineage, corpora, args.context, tokenizer.key)
-    if state:
-        sequence, read, notes = state["sequence"], state["read"], []
-    order_seed = args.seed if order_seed is None else order_seed
-    reader = data.Reader(corpora, args.context, order_seed, sequence, read)
-    for note in notes:
-        say(f"note: {note}")
-
     # model: every rank builds the same one
     if args.resume or args.branch:
         module = model.Transformer(config)
@@ -451,6 +462,9 @@ def main(argv=None):
     args.eval_every = args.eval_every or max(1, steps // 10)
     args.save_every = args.save_every or max(1, steps // 10)
     snapshots = {round(t / args.batch_tokens) for t in args.save_at}
+    if snapshots and not 0 < min(snapshots) <= max(snapshots) <= steps:
+        right = f"from one step, {args.batch_tokens:,}, to {steps * args.batch_tokens:,} tokens"
+        fail(f"--save-at {max(args.save_at):,} is not within the run ({right})")
     say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
     say(
         f"{steps:,} steps of {args.batch_tokens:,} tokens = {world} ranks x {accumulate} x {args.micro_batch} windows "
@@ -458,6 +472,30 @@ def main(argv=None):
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((p for kind, p in PEAKS.items() if kind in name), None)
+
+    # data: the first rank of each node prepares, the others then read its cache
+    problem = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            corpora = data.prepare(args.data, tokenizer, quiet=not master, context=args.context)
+        except (ValueError, FileNotFoundError) as error:
+            problem = str(error)
+    if world > 1:
+        problems = [None] * world
+        dist.all_gather_object(problems, problem)
+        problem = next(filter(None, problems), None)
+    if problem:
+        fail(problem)
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        corpora = data.prepare(args.data, tokenizer, quiet=True)
+    validation = [data.validation_windows(c, args.context) for c in corpora]
+    order_seed, sequence, read, notes = data.position(lineage, corpora, args.context, tokenizer.key)
+    if state:
+        sequence, read, notes = state["sequence"], state["read"], []
+    order_seed = args.seed if order_seed is None else order_seed
+    reader = data.Reader(corpora, args.context, order_seed, sequence, read)
+    for note in notes:
+        say(f"note: {note}")
 
     # shards or replicas, then the optimizer
     if args.fsdp:
@@ -512,7 +550,7 @@ def main(argv=None):
                 x, y = (ids[:1], targets[:1]) if dummy else (x, y)
                 with torch.no_grad():
                     loss = parallel(x.to(device), y.to(device))[1]
-                total += 0 if dummy else loss.double().cpu() * y.numel()
+                total += 0 if dummy else loss.cpu().double() * y.numel()
             if world > 1:
                 dist.all_reduce(total)
             losses[corpus.name] = total.item() / targets.numel()
@@ -621,8 +659,8 @@ def main(argv=None):
             dist.all_reduce(number, op=dist.ReduceOp.MAX)  # over gloo: no accelerator waits for it
         return int(number)
 
-    history = lineage[:-1] if args.resume else lineage
-    load = None
+    history = lineage[:-1] if args.resume else lineage  # the last entry of a resumed run is the run itself
+    load = None  # of each expert, (layers, experts)
     since = last_time = time.time()
     last_step = step
     fresh = not args.resume
@@ -649,19 +687,19 @@ def main(argv=None):
                 samples.append(f"==== step {step} of {steps} ====\n{sample()}\n\n")
                 if master:
                     (out / "samples.txt").write_text("".join(samples), encoding="utf-8")
-            if step == steps or step % args.save_every == 0 or number:
-                save(out, finished=step == steps)
             if step in snapshots and step and (args.fsdp or master):
                 partial = out / f"step-{step}.partial"
                 if master:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
-                    for name in ("log.csv", "eval.csv"):
+                    for name in ("log.csv", "eval.csv", "samples.txt"):
                         shutil.copy(out / name, partial / name)
                 save(partial)
                 if master:
                     shutil.rmtree(out / f"step-{step}", ignore_errors=True)
                     os.replace(partial, out / f"step-{step}")
+            if step == steps or step % args.save_every == 0 or number:
+                save(out, finished=step == steps)
             if number and step < steps:
                 code = 128 + number
                 break
@@ -788,6 +826,9 @@ def summarise(out, corpora, context, losses, bits, load, samples):
     print(f"\n{samples[-1]}")
     print(f"written: {out}/  (model.safetensors, run.json, log.csv, eval.csv, samples.txt, loss.png)\nnext:")
     print(f'  python model.py {out} --prompt "def "')
+    if load is None:
+        print(f"  python train.py --init {out} --upcycle 8x2   # a mixture of experts from it")
+    print(f"  python train.py --init {out} --stack 2       # a deeper model from it")
     print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
 
 

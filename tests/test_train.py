@@ -95,6 +95,7 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("extra, times", [([], 2), (MOE, 1)], ids=["dense", "mixture"])
 def test_killed_at_any_instant_and_resumed_equals_the_uninterrupted_run(here, texts, extra, times):
     flags = [*extra, "--tokens", 256 * 60, "--save-every", 1, "--eval-every", 20]  # most of the time goes into saving
+    flags += ["--save-at", ",".join(str(256 * step) for step in range(5, 60, 5))]
     run(texts, *flags, "--out", "calm")
     dice, kills = random.Random(len(extra)), 0
     process = subprocess.Popen(command(texts, *flags, "--out", "killed"), env=ENV, stdout=subprocess.DEVNULL)
@@ -111,6 +112,8 @@ def test_killed_at_any_instant_and_resumed_equals_the_uninterrupted_run(here, te
         process = subprocess.Popen(command(texts, "--resume", "--out", "killed"), env=ENV, stdout=subprocess.DEVNULL)
     assert process.wait() == 0 and kills == times
     assert_same_run("calm", "killed")
+    for step in range(5, 60, 5):
+        assert_same_run(f"calm/step-{step}", f"killed/step-{step}")
 
 
 def test_ctrl_c_saves_leaves_with_130_and_resumes_exactly(here, texts):
@@ -246,6 +249,20 @@ def test_an_init_of_a_folder_killed_while_saving_asks_to_resume_it(here, texts, 
     run_json = model.read_json("torn/run.json")
     model.write_json(Path("torn/run.json"), run_json | {"step": 3})
     assert "--resume --out torn" in error_of(["--init", "torn"], capsys)
+
+
+def test_an_upcycled_and_a_stacked_child_start_where_their_parent_ended(here, texts):
+    run(texts, "--tokens", 5120, "--out", "parent")
+    child = ["--init", "parent", "--tokens", 2560, "--batch-tokens", 256]
+    run(texts, *child, "--upcycle", "4x2", "--granularity", 2, "--out", "up")
+    assert table("up/eval.csv")[0]["a_loss"] == table("parent/eval.csv")[-1]["a_loss"]
+    run(texts, *child, "--stack", 3, "--out", "deep")
+    assert model.read_config("deep").num_hidden_layers == 6
+    up, deep = (model.read_json(f"{name}/run.json")["lineage"] for name in ("up", "deep"))
+    assert [s["step"] for s in up] == ["train", "upcycle", "train"]
+    assert up[1]["experts"] == 4 and up[1]["granularity"] == 2
+    assert [s["step"] for s in deep] == ["train", "grow", "train"] and deep[1]["layers"] == [0, 1, 0, 1, 0, 1]
+    run(texts, "--resume", "--out", "up")
 
 
 # ---- horizon, schedule, counts --------------------------------------------------------------------------------------
@@ -426,6 +443,8 @@ BAD = {
     "negative tokens": ("--tokens -5", "-5"),
     "zero context": ("--context 0", "--context"),
     "decay fraction": ("--decay-fraction 1.5", "1.5"),
+    "snapshot beyond the run": ("--tokens 1e5 --save-at 2e5", "200,000"),
+    "snapshot before the first step": ("--tokens 1e5 --save-at 0", "--save-at 0"),
     "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
     "abbreviated flag": ("--hidden 64", "--hidden"),
     "unknown schedule": ("--schedule linear", "linear"),
@@ -438,6 +457,12 @@ BAD = {
     "shard outside": ("--init outside", "outside the folder"),
     "shape with init": ("--init done --hidden-size 64", "--hidden-size"),
     "two parents": ("--init done --branch done", "one parent"),
+    "upcycling of nothing": ("--upcycle 8x2", "--init"),
+    "upcycling that is no recipe": ("--init done --upcycle eight", "eight"),
+    "upcycling of a mixture": ("--init moe --upcycle 8x2", "dense"),
+    "more experts a token than there are": ("--init done --upcycle 2x4", "4"),
+    "stacking of nothing": ("--stack 2", "--init"),
+    "stacking once": ("--init done --stack 1", "1"),
     "data with branch": ("--branch done --data python", "--data"),
     "branch of no run": ("--branch shape", "trainer.pt"),
     "source tokens of nothing": ("--source-tokens 1e9", "--init"),
