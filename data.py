@@ -18,20 +18,20 @@ run, eight processes instead of one and a child of the run all read the same lis
                    gpt2, o200k_base ...               tiktoken's encodings (downloaded once)
                    a tokenizer.model of tiktoken ranks (Llama 3): base64 token, space, rank on each line
                    a byte-level BPE tokenizer.json (GPT-2, Llama 3, Qwen, SmolLM), or a checkpoint folder with one
-                   ids:32000  no text: so many ids, for ready tokens
+                   ids:32000  no text: so many ids, for ready tokens (also a checkpoint folder without a tokenizer)
 
 Text is text: `<|endoftext|>` in a document is encoded as ordinary characters (`transformers`, asked to encode the same
 text, sees a special token). Bits per byte compare tokenizers; there, the end of a document counts as one byte.
 
 Validation is split off by a hash of names, whole top-level modules or folders at a time (in a user's folder: files),
-because neighbouring files are often near-copies. Where no unit is small enough, it is the last twentieth of the text.
+because neighbours are often near-copies: one in training would give away the other, and the loss would look better than
+it is. Where no unit is small enough, it is the last twentieth of the text.
 
-Left out on purpose: masks between the documents in one window (the end-of-text token must do), corpora larger than
-memory and streaming from a hub (write train.bin and val.bin yourself), removal of near-copies (only exact copies go),
-beginning-of-text tokens, SentencePiece (Llama 2, Mistral 7B: ready tokens), training a tokenizer.
-
-In order: tokenizers, sources, preparing, windows, the n-gram ruler; at the end, what reads and writes the files of
-public tokenizers, which a first reading can skip.
+Left out on purpose: masks between the documents in one window (the end-of-text token must do; a mask would be made in
+`Reader.load`, which sees those tokens, and handed on to the model's attention), corpora larger than memory (write
+train.bin and val.bin yourself), removal of near-copies (only exact copies go), beginning-of-text tokens, SentencePiece
+(Llama 2, Mistral 7B: ready tokens), training a tokenizer. The end of the file reads and writes the files of public
+tokenizers; a first reading can skip it.
 
 Try:
 1. `python data.py python`: 3-gram counts need 2.58 bits a byte. Let n run up to 7 in `ngram_losses`. (1.95 at n = 5,
@@ -58,11 +58,12 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -72,13 +73,14 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-BUILTIN = ("python", "packages", "cpp", "english")
 PACKAGES = ("torch", "tiktoken", "numpy", "scipy", "tqdm", "pytest", "_pytest", "safetensors", "matplotlib")
+BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PACKAGES}  # {source: what it is made of}
 TESTS = {"test", "tests", "testing"}
 NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 VALIDATION = 0.05  # of the bytes
 EVAL_TOKENS = 131072  # of a validation part are evaluated at most
-FORMAT = 1  # of the cache: another number, and every corpus is prepared again
+MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits
+FORMAT = 2  # of the cache: another number, and every corpus is prepared again
 
 
 def stable_hash(*parts):
@@ -89,6 +91,33 @@ def stable_hash(*parts):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
+
+
+def need(fine, message):
+    if not fine:
+        raise ValueError(message)
+
+
+@contextmanager
+def refuse(what, right):
+    """Whatever malformed input leads to inside becomes one line: what, the reason, what would be right."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
+        reason = e if type(e) is ValueError else f"{type(e).__name__} {e}"
+        raise ValueError(f"{what}: {reason} ({right})") from None
+
+
+@contextmanager
+def plain_errors():
+    """What the file system refuses (no permission, name too long, disk full) becomes a ValueError of one line, too."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is None:  # not from the file system: a FileNotFoundError of this file's
+            raise
+        right = "files that can be read, a folder that can be written"
+        raise ValueError(f"{e.filename or 'a file'}: {e.strerror} ({right})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,17 +132,21 @@ class Tokenizer:
     vocab_size: int  # the largest id + 1
     eot: int | None  # end-of-text token
     key: str  # hash of what it does: equal keys give equal ids, whatever folder it was loaded from
-    bpe: tiktoken.Encoding | None = None  # None: bytes, or ids without text
+    tokens: dict | None = None  # {id: bytes}; None: ids without text
+    bpe: tiktoken.Encoding | None = None  # None: every byte is a token, or ids without text
     nfc: bool = False  # bring text to Unicode's normal form C first
     files: dict | None = None  # {name: bytes} of the public files it was read from
 
     def encode(self, texts):
         """list of str -> list of integer arrays, on all cores. Bytes that have no token (SmolLM2 lacks 21) are dropped,
         as by `transformers`."""
-        if self.key == "bytes":
-            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+        if self.tokens is None:  # ids are their own text: "17 4 31", as `decode` writes them
+            with refuse(f"tokenizer {self.name!r} cannot encode text", "ids such as 17 4 31, or ready tokens"):
+                arrays = [np.array(text.split(), np.uint32) for text in texts]
+                need(all((ids < self.vocab_size).all() for ids in arrays), "an id beyond its vocabulary")
+                return arrays
         if self.bpe is None:
-            raise ValueError(f"tokenizer {self.name!r} cannot encode text (only ready train.bin and val.bin)")
+            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         if self.nfc:
             texts = [unicodedata.normalize("NFC", text) for text in texts]
         encoded = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
@@ -122,15 +155,9 @@ class Tokenizer:
     def decode(self, ids):
         """Integers (list, array or tensor) -> str. Ids without a token and bytes that are no UTF-8 become U+FFFD."""
         ids = np.asarray(ids).reshape(-1).tolist()
-        if self.bpe is None and self.key != "bytes":
+        if self.tokens is None:
             return " ".join(map(str, ids))
-        return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
-
-    def _bytes(self, i):
-        try:
-            return bytes([i]) if self.bpe is None else self.bpe.decode_single_token_bytes(i)
-        except (KeyError, ValueError):
-            return "\ufffd".encode()
+        return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", "replace")  # \xff: never in UTF-8
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens. Those that the
@@ -141,13 +168,14 @@ class Tokenizer:
             partial.replace(Path(folder, name))
 
 
+@plain_errors()
 def load_tokenizer(name="bytes"):
-    """The `Tokenizer` called so in the table at the top of this file.
-
-    ValueError or FileNotFoundError: no such tokenizer, or one that tiktoken cannot represent exactly."""
-    if name == "bytes" or re.fullmatch(r"ids:[1-9]\d*", name):
-        size, end = (256, 0) if name == "bytes" else (int(name[4:]), None)
-        return Tokenizer(name, size, end, name)
+    """The `Tokenizer` of a name in the table at the top of this file.
+    ValueError or FileNotFoundError: there is none, or tiktoken cannot represent it exactly."""
+    if name == "bytes":
+        return Tokenizer(name, 256, 0, name, {b: bytes([b]) for b in range(256)})
+    if re.fullmatch(r"ids:[1-9]\d{0,6}", name) and int(name[4:]) <= MAX_VOCAB:
+        return Tokenizer(name, int(name[4:]), None, name)
     if name in tiktoken.list_encoding_names():
         try:
             bpe = tiktoken.get_encoding(name)
@@ -157,11 +185,15 @@ def load_tokenizer(name="bytes"):
         return make_tokenizer(name, bpe._pat_str, bpe._mergeable_ranks, special, special.get("<|endoftext|>"))
     path = Path(name)
     if path.is_dir():
-        path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "tokenizer.model")
-    if not path.is_file():
-        known = ["bytes", *tiktoken.list_encoding_names()]
-        raise FileNotFoundError(f"no tokenizer {name!r} ({suggest(name, known)}, a tokenizer.json or a rank file)")
-    return read_json_tokenizer(name, path) if path.suffix == ".json" else read_ranks(name, path)
+        files = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
+        path = next((file for file in files if file.exists()), path)
+    if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
+        with refuse(path, "a vocab_size"):
+            return load_tokenizer(f"ids:{json.loads(path.read_text())['vocab_size']}")
+    if path.is_file():
+        return read_json_tokenizer(name, path) if path.suffix == ".json" else read_ranks(name, path)
+    known = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
+    raise FileNotFoundError(f"no tokenizer {name!r} ({known}, a tokenizer.json or a rank file)")
 
 
 def suggest(word, known):
@@ -171,52 +203,45 @@ def suggest(word, known):
 
 def make_tokenizer(name, split, ranks, special, eot, nfc=False, files=None):
     """From tiktoken's parts: the regular expression that splits text, {bytes: id} of what may merge, {name: id}."""
-    size = max([*ranks.values(), *special.values()]) + 1
+    tokens = {i: token for token, i in ranks.items()} | {i: text.encode() for text, i in special.items()}
+    size = max(tokens) + 1
     key = stable_hash(portable(split), nfc, eot, sorted(special.items()), sorted(ranks.items()))[:16]
     missing = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken needs all bytes: ids that `encode` drops
     ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(missing))}
     bpe = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(name, size, eot, key, bpe, nfc, files)
+    return Tokenizer(name, size, eot, key, tokens, bpe, nfc, files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: which files, and which documents in them
 
 
+@plain_errors()
 def parse_spec(spec):
-    """`[name=]source[:weight],...` -> [(name, source, weight or None)]. Reads no text, creates nothing.
-
-    ValueError or FileNotFoundError: an unknown or empty source, a name given twice, a weight that is negative or no
-    number, weights for some corpora only, all weights zero."""
+    """`[name=]source[:weight],...` -> [(name, source, weight or None, files)]. Reads no text, creates nothing.
+    ValueError or FileNotFoundError: a part, name or weight that cannot be used."""
     corpora = []
     for part in spec.split(","):
         name, source, weight = re.fullmatch(r"(?:([\w.-]+)=)?(.*?)(?::([^:/]*))?", part.strip(), re.S).groups()
-        try:
-            weight = weight if weight is None else float(weight)
-        except ValueError:
-            raise ValueError(f"weight {weight!r} of {source!r} is no number (such as {source}:0.5)") from None
-        if weight is not None and not 0 <= weight < math.inf:
-            raise ValueError(f"weight {weight:g} of {source!r} (a number from 0 on; 0 only evaluates)")
-        if not source:
-            raise ValueError(f"no source in {part!r} of {spec!r} ([name=]source[:weight],... as cpp:0.9,python:0.1)")
-        list_files(source)
+        need(source, f"no source in {part!r} of {spec!r} ([name=]source[:weight],... as cpp:0.9,python:0.1)")
+        if weight is not None:
+            with refuse(f"weight {weight!r} of {source!r}", f"a number, such as {source}:0.5"):
+                weight = float(weight)
+            need(0 <= weight <= 1e9, f"weight {weight:g} of {source!r} (from 0 to 1e9; 0 only evaluates)")
         stem = Path(re.split(r"[*?[]", source)[0]).absolute().stem  # of a glob: what stands before the wildcards
-        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight))
-    names, _, weights = zip(*corpora)
-    if len({*names}) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise ValueError(f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
-    if None in weights and {*weights} != {None}:
-        raise ValueError(f"a weight for some corpora only in {spec!r} (for all of them, or for none)")
-    if None not in weights and sum(weights) == 0:
-        raise ValueError(f"all weights are zero in {spec!r} (one corpus at least to train on)")
+        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight, list_files(source)))
+    names, _, weights, _ = zip(*corpora)
+    twice, times = Counter(names).most_common(1)[0]
+    need(times == 1, f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
+    if {*weights} != {None}:
+        need(None not in weights, f"a weight for some corpora only in {spec!r} (for all of them, or for none)")
+        need(sum(weights) > 0, f"all weights are zero in {spec!r} (one corpus at least to train on)")
     return corpora
 
 
 def list_files(source):
     """A source -> [(unit, path)], reading no file. A unit goes to training or to validation as a whole.
-
-    ValueError or FileNotFoundError: an unknown source, or one without any text."""
+    For a new built-in source: two lines here, a word in BUILTIN, a line in the table at the top."""
     stdlib, path = Path(sysconfig.get_path("stdlib")), Path(source)
     if source == "python":
         return [(parts[0], file) for parts, file in walk(stdlib, NOT_LIBRARY, ".py")]
@@ -235,22 +260,23 @@ def list_files(source):
         files = [(path.name, path)]
     else:
         files = [(p, Path(p)) for p in sorted(glob.glob(source, recursive=True)) if os.path.isfile(p)]
-    if not files and re.fullmatch(r"\w*", source):
-        raise ValueError(f"unknown corpus {source!r} ({suggest(source, BUILTIN)}, or a file, folder or glob)")
-    if not files:
-        raise FileNotFoundError(f"no file in {source!r} (a text file, .jsonl, folder, or glob such as notes/**/*.txt)")
-    if not any(path.stat().st_size for _, path in files):
-        raise ValueError(f"{source} is empty (a file with text)")
-    return files
+    if files:
+        return files
+    right = f"{suggest(source, BUILTIN)}, a text file, .jsonl, folder, or glob such as notes/**/*.txt"
+    raise FileNotFoundError(f"no file in {source!r} ({right})")
 
 
 def walk(root, skip=(), suffixes=""):
     """(parts of the path below root, path) of the files in a folder, in a fixed order, without hidden ones and folders
-    called as in `skip`."""
-    for folder, folders, files in os.walk(root):
+    called as in `skip`. OSError: a folder in it cannot be listed."""
+
+    def stop(error):  # os.walk would leave that folder out
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=stop):
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
-        inner = Path(folder).relative_to(root).parts
-        yield from (((*inner, f), Path(folder, f)) for f in sorted(files) if f.endswith(suffixes) and f[0] != ".")
+        paths = (Path(folder, f) for f in sorted(files) if f.endswith(suffixes) and not f.startswith("."))
+        yield from ((path.relative_to(root).parts, path) for path in paths if path.is_file())
 
 
 def package(name):
@@ -267,55 +293,50 @@ def describe(source):
     """Where text comes from, with versions, for run.json."""
     if source not in BUILTIN:
         return str(Path(source).absolute())
-    names = {"python": (), "cpp": ("torch",)}.get(source, [p for p in PACKAGES if p != "_pytest" and package(p)])
-    python = [f"python {platform.python_version()}"] if source in ("python", "english") else []
-    return ", ".join(python + [f"{p} {importlib.metadata.version(p)}" for p in names])
+    packages = [p for p in BUILTIN[source] if p != "_pytest" and package(p)]
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in packages]
+    return ", ".join([f"python {platform.python_version()}", *versions])
 
 
-def read_documents(source, quiet=True):
-    """A source -> (documents [(unit, text in UTF-8)], skipped {reason: number}).
+def read_documents(source, files, quiet=True):
+    """The files of a source -> ({what was read}, documents [(unit, text in UTF-8)]).
 
     Empty documents and exact copies are skipped. What is not UTF-8 is skipped in a built-in source, else an error."""
-    files = list_files(source)
+    paths = [path for _, path in files]
     if source == "english":
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            texts = pool.map(read_docstrings, [path for _, path in files], chunksize=16)
-            texts = list(tqdm(texts, "docstrings", len(files), unit=" files", disable=quiet or None, leave=False))
-        found = zip(files, texts)
+            texts = pool.map(read_docstrings, paths, chunksize=16)
+            bar = tqdm(texts, "docstrings", len(paths), unit=" files", disable=quiet or None, leave=False)
+            texts = [[text] for text in bar]
     else:
-        found = ((file, text) for file in files for text in read_texts(file[1], refuse=source not in BUILTIN))
-    documents, seen, skipped = [], set(), Counter()
-    for (unit, _), text in found:
-        digest = text and stable_hash(text)
-        reason = "not UTF-8" if text is None else "empty" if not text.strip() else "copies" if digest in seen else None
-        if reason:
-            skipped[reason] += 1
+        texts = [read_texts(path, skip=source in BUILTIN) for path in paths]
+    units, skipped = {}, Counter()  # {text: unit}
+    for unit, text in ((unit, text) for (unit, _), found in zip(files, texts) for text in found):
+        if text and text.strip() and text not in units:
+            units[text] = unit
         else:
-            seen.add(digest)
-            documents.append((unit, text))
-    if not documents:
-        raise ValueError(f"{source} has no text ({len(files)} files, skipped: {dict(skipped)})")
-    return documents, dict(skipped)
+            skipped["not UTF-8" if text is None else "copies" if text in units else "empty"] += 1
+    need(units, f"{source} has no text ({len(files)} files, skipped: {dict(skipped)})")
+    about = {"source": describe(source), "sha256": stable_hash(*units), "files": len(files), "documents": len(units)}
+    about |= {"skipped": dict(skipped), "bytes": sum(map(len, units))}
+    return {"about": about}, [(unit, text) for text, unit in units.items()]
 
 
-def read_texts(path, refuse):
-    """The documents of one file: its text, or the field "text" of each line of .jsonl; [None] if it is not UTF-8."""
+def read_texts(path, skip):
+    """The documents of one file: its text, or the field "text" of each line of .jsonl; [None]: it is not UTF-8."""
     text = path.read_bytes()
     try:
         text.decode()
     except UnicodeDecodeError as e:
-        if refuse:
-            raise ValueError(f"{path} is not UTF-8 text at byte {e.start} (convert it, or a glob without it)") from None
+        need(skip, f"{path} is not UTF-8 text at byte {e.start} (convert it, or a glob without it)")
         return [None]
     if path.suffix != ".jsonl":
         return [text]
     texts = []
     for number, line in enumerate(text.split(b"\n"), 1):
         if line.strip():
-            try:
+            with refuse(f"{path} line {number} has no text", 'each line: {"text": "..."}'):
                 texts.append(json.loads(line)["text"].encode())
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise ValueError(f'{path} line {number} has no text (each line: {{"text": "..."}})') from None
     return texts
 
 
@@ -347,67 +368,87 @@ class Corpus:
     val: np.ndarray  # (tokens,)
     bytes_per_token: float  # of val: bits a byte = nats a token / ln 2 / bytes_per_token
     vocab_size: int
-    about: dict  # source with versions, sha256, files, documents, skipped, bytes, train_tokens, val_tokens
+    about: dict  # for run.json: source with versions, sha256, files, documents, skipped, bytes
 
 
+@plain_errors()
 def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
     """A specification and a `Tokenizer` -> [`Corpus`], from the cache, or made and put there.
 
     What `parse_spec` raises; ValueError too for text that is not UTF-8, tokens that do not fit the tokenizer, and a
-    training or validation part with less than one window of `context` tokens."""
-    plans = []
-    for name, source, weight in parse_spec(spec):
-        files = [(u, str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for u, p in list_files(source)]
-        folder = Path(cache, f"{name}-{stable_hash(FORMAT, describe(source), tokenizer.key, files)[:12]}")
-        found = None  # all sources are read and checked before anything is written
+    training or validation part with less than one window of `context` tokens. Then nothing stays behind."""
+    plans, corpora, new = [], [], not Path(cache).exists()
+    for name, source, weight, files in parse_spec(spec):  # all sources are read before anything is written
+        stats = [(unit, path.absolute(), path.stat().st_size, path.stat().st_mtime_ns) for unit, path in files]
+        folder = Path(cache, f"{name}-{stable_hash(FORMAT, source, tokenizer.key, stats)[:12]}")
+        found = None
         if not folder.exists():
-            found = check_ready(Path(source), tokenizer) if is_ready(source) else read_documents(source, quiet)
+            found = check_ready(source, tokenizer) if is_ready(source) else read_documents(source, files, quiet)
         plans.append((name, source, weight, folder, found))
-    corpora = []
-    for name, source, weight, folder, found in plans:
-        if found:
-            write_cache(folder, source, found, tokenizer, quiet, context)
-        meta = json.loads((folder / "meta.json").read_text())
-        home = source if is_ready(source) else folder
-        train, val = (np.memmap(Path(home, part), np.dtype(meta["dtype"]), "r") for part in ("train.bin", "val.bin"))
-        corpora.append(Corpus(name, weight, train, val, meta["bytes_per_token"], meta["vocab_size"], meta["about"]))
+
+    for old in Path(cache).glob("~*"):  # of a killed process: a day old, as it might be one at work on another machine
+        if time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    partial = Path(cache, f"~{platform.node()}-{os.getpid()}")
+    try:  # folders are filled in `partial`, then renamed: killed at any instant, or raced by another, nothing is wrong
+        for name, source, weight, folder, found in plans:
+            if found is not None:
+                folder = partial / folder.name
+                folder.mkdir(parents=True)
+                meta, documents = found
+                if documents:
+                    meta |= write_documents(folder, documents, tokenizer, quiet)
+                (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+            meta = json.loads((folder / "meta.json").read_text())
+            home = source if is_ready(source) else folder
+            train, val = (np.memmap(Path(home, f), np.dtype(meta["dtype"]), "r") for f in ("train.bin", "val.bin"))
+            count_windows(len(train), context, f"the training part of {source}")
+            count_windows(len(val), context, f"the validation part of {source}")
+            corpora.append(Corpus(name, weight, train, val, meta["bytes_per_token"], meta["vocab_size"], meta["about"]))
+        for *_, folder, found in plans:
+            with suppress(OSError):  # another process was faster: its folder is as good
+                if found is not None:
+                    (partial / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            if new:
+                Path(cache).rmdir()  # only if it is empty
     sizes = [len(c.train) if c.weight is None else c.weight for c in corpora]
     for corpus, size in zip(corpora, sizes):
         corpus.weight = size / sum(sizes)
     return corpora
 
 
-def write_cache(folder, source, found, tokenizer, quiet, context):
-    """Fill a folder beside the cache's and rename it: killed at any instant, or raced by another process, nothing is
-    wrong. `found` comes from `check_ready` (only meta.json is written) or from `read_documents`."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        meta = found if isinstance(found, dict) else write_documents(partial, source, *found, tokenizer, quiet)
-        for part in ("train", "val"):
-            count_windows(meta["about"][f"{part}_tokens"], context, f"the {part} part of {source}")
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        with suppress(OSError):  # another process was faster: its folder is as good
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            folder.parent.rmdir()  # only if it is empty
+def check_ready(folder, tokenizer):
+    """A folder of ready tokens -> (meta.json of its cache, no documents). ValueError: they are not as it says."""
+    file, tokens = Path(folder, "meta.json"), []
+    with refuse(file, f'"dtype" uint16 or uint32, "vocab_size" as of tokenizer {tokenizer.name}, "bytes_per_token"'):
+        meta = json.loads(file.read_text())
+        size, per_token = int(meta["vocab_size"]), float(meta["bytes_per_token"])
+        dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
+        need(0 < size <= tokenizer.vocab_size, f"vocab_size {size} for {tokenizer.vocab_size} ids")
+        need(0 < per_token < math.inf, f"bytes_per_token {per_token}")
+    for file in (Path(folder, "train.bin"), Path(folder, "val.bin")):
+        length = file.stat().st_size
+        right = f"tokens of {dtype.itemsize} bytes, below the vocab_size {size} of meta.json"
+        need(length and length % dtype.itemsize == 0, f"{file} has {length} bytes ({right})")
+        tokens.append(np.memmap(file, dtype, "r"))
+        need(tokens[-1].max() < size, f"{file} has token {tokens[-1].max()} ({right})")
+    about = {"source": describe(folder), "sha256": stable_hash(*tokens), "files": 2, "documents": 2, "skipped": {}}
+    about["bytes"] = round(sum(map(len, tokens)) * per_token)
+    return {"dtype": dtype.str, "vocab_size": size, "bytes_per_token": per_token, "about": about}, []
 
 
-def write_documents(partial, source, documents, skipped, tokenizer, quiet):
-    """Split and encode the documents; returns the content of meta.json."""
+def write_documents(folder, documents, tokenizer, quiet):
+    """Split and encode the documents into train.bin and val.bin -> how to read them."""
     train, val = split_documents(documents)
-    size, val_size = sum(map(len, train + val)), sum(map(len, val))
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    with tqdm(total=size, desc=source, unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
-        train_tokens = write_tokens(partial / "train.bin", train, tokenizer, dtype, bar)
-        val_tokens = write_tokens(partial / "val.bin", val, tokenizer, dtype, bar)
-    about = {"source": describe(source), "sha256": stable_hash(*(text for _, text in documents))}
-    about |= {"files": len(list_files(source)), "documents": len(documents), "skipped": skipped, "bytes": size}
-    about |= {"train_tokens": train_tokens, "val_tokens": val_tokens}
-    per_token = (val_size + len(val) * (tokenizer.eot is not None)) / val_tokens
-    return {"dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "bytes_per_token": per_token, "about": about}
+    with tqdm(total=sum(map(len, train + val)), unit="B", unit_scale=True, disable=quiet or None, leave=False) as bar:
+        write_tokens(folder / "train.bin", train, tokenizer, dtype, bar)
+        val_tokens = write_tokens(folder / "val.bin", val, tokenizer, dtype, bar)
+    per_token = (sum(map(len, val)) + len(val) * (tokenizer.eot is not None)) / val_tokens
+    return {"dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "bytes_per_token": per_token}
 
 
 def split_documents(documents):
@@ -415,27 +456,26 @@ def split_documents(documents):
     size = Counter()
     for unit, text in documents:
         size[unit] += len(text)
-    budget, chosen, taken = int(VALIDATION * sum(size.values())), set(), 0
-    if not budget:
-        raise ValueError(f"{sum(size.values())} bytes of text (at least 20, to keep a twentieth for validation)")
+    budget, chosen = int(VALIDATION * sum(size.values())), set()
+    need(budget, f"{sum(size.values())} bytes of text (at least 20, to keep a twentieth for validation)")
+    left = budget
     for unit in sorted(size, key=stable_hash):
-        if taken + size[unit] <= budget:
+        if size[unit] <= left:
             chosen.add(unit)
-            taken += size[unit]
-    if taken > budget / 2:
+            left -= size[unit]
+    if left < budget / 2:
         return [t for u, t in documents if u not in chosen], [t for u, t in documents if u in chosen]
-    train, val = [text for _, text in documents], []
-    while len(train[-1]) <= budget:
-        val.insert(0, train.pop())
-        budget -= len(val[0])
-    if budget:  # part of a document: from the start of a line if one is near, and never from inside a character
+    train, val, left = [text for _, text in documents], [], budget
+    while left > 0:
         text = train.pop()
-        newline = text.find(b"\n", len(text) - budget - 1, len(text) - budget + 1000) + 1
-        at = newline if 0 < newline < len(text) else len(text) - budget
-        while text[at] & 0xC0 == 0x80:
-            at -= 1
-        train.append(text[:at])
-        val.insert(0, text[at:])
+        left -= len(text)
+        if left < 0:  # only its end: from the start of a line if one is near, and never from inside a character
+            at = text.rfind(b"\n", max(0, -left - 1000), -left) + 1 or -left
+            while text[at] & 0xC0 == 0x80:
+                at -= 1
+            train.append(text[:at])
+            text = text[at:]
+        val.insert(0, text)
     return train, val
 
 
@@ -461,40 +501,13 @@ def cut_long(text, size=2**18):
     yield text[start:], True
 
 
-def check_ready(folder, tokenizer):
-    """A folder of ready tokens -> the content of meta.json in the cache. ValueError: they are not as it says."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        size, per_token = int(meta["vocab_size"]), float(meta["bytes_per_token"])
-        dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
-    except (ValueError, LookupError, TypeError) as e:
-        right = "dtype uint16 or uint32, vocab_size, bytes_per_token"
-        raise ValueError(f"{folder}/meta.json: {type(e).__name__} {e} ({right})") from None
-    if size > tokenizer.vocab_size or not per_token > 0:
-        right = f"at most the {tokenizer.vocab_size} ids of tokenizer {tokenizer.name}, or ids:{size}; above 0"
-        raise ValueError(f"{folder}/meta.json has vocab_size {size}, bytes_per_token {per_token} ({right})")
-    tokens = []
-    for file in (folder / "train.bin", folder / "val.bin"):
-        length = file.stat().st_size
-        if length == 0 or length % dtype.itemsize:
-            raise ValueError(f"{file} has {length} bytes (tokens of {dtype.itemsize}, as in meta.json)")
-        tokens.append(np.memmap(file, dtype, "r"))
-        if tokens[-1].max() >= size:
-            raise ValueError(f"{file} has token {tokens[-1].max()} (below the vocab_size {size} of meta.json)")
-    lengths, about = [*map(len, tokens)], {"source": describe(str(folder)), "sha256": stable_hash(*tokens)}
-    about |= {"files": 2, "documents": 2, "skipped": {}, "bytes": round(sum(lengths) * per_token)}
-    about |= {"train_tokens": lengths[0], "val_tokens": lengths[1]}
-    return {"dtype": dtype.str, "vocab_size": size, "bytes_per_token": per_token, "about": about}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Windows: what is read, in which order
 
 
 def count_windows(tokens, context, what):
     """Window w is tokens[w T : w T + T + 1]. Neighbours share one token, which is a target only once."""
-    if tokens <= context:
-        raise ValueError(f"{what} has too few tokens for the context {context}: {tokens} (at least {context + 1})")
+    need(tokens > context, f"{what} has too few tokens for the context {context}: {tokens} (at least {context + 1})")
     return (tokens - 1) // context
 
 
@@ -517,7 +530,8 @@ class Reader:
     """The order of training windows, the same on every rank: each corpus without replacement, in an order shuffled by
     (seed, epoch, its name), the corpora mixed by weight.
 
-    `sequence` counts the windows drawn so far, `read` {corpus name: windows of it read so far}."""
+    `sequence` counts the windows drawn so far, `read` {corpus name: windows of it read so far}: with the seed, these
+    numbers are all that a resumed run needs to read on."""
 
     def __init__(self, corpora, context, seed, sequence=0, read=None):
         self.corpora, self.context, self.seed, self.sequence = corpora, context, seed, sequence
@@ -527,7 +541,7 @@ class Reader:
 
     def mix(self, numbers):
         """Sequence numbers -> corpus indices. u_i = frac(shift + i * golden ratio), in 64-bit fixed point, fills [0, 1)
-        so evenly that every stretch has nearly exact shares; and it needs no state."""
+        so evenly that every stretch has nearly exact shares; as a function of i alone, it needs no state."""
         shift = np.uint64(int(stable_hash("mix", self.seed)[:16], 16))
         u = ((shift + numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)) * 2.0**-53
         edges = np.cumsum([c.weight for c in self.corpora])
@@ -540,6 +554,7 @@ class Reader:
             name = self.corpora[k].name
             epoch, place = divmod(self.read[name], self.windows[k])
             if k not in self.orders or self.orders[k][0] != epoch:
+                # without the epoch here, every pass would bring the same windows in the same order and company
                 rng = np.random.default_rng((self.seed, epoch, int(stable_hash(name)[:16], 16)))
                 self.orders[k] = epoch, rng.permutation(self.windows[k])
             items.append((k, int(self.orders[k][1][place])))
@@ -561,8 +576,8 @@ def position(lineage, corpora, context, tokenizer):
     (best `Tokenizer.key`: names change with folders), as others cut other windows. `notes`: what does not go on."""
     steps = [step for step in lineage if step["step"] == "train"]
     sequence, read, notes, changed = 0, Counter(), [], set()
+    now = {"context": context, "tokenizer": tokenizer}
     for step in reversed(steps):
-        now = {"context": context, "tokenizer": tokenizer}
         other = [f"{k} {step['settings'].get(k)} became {v}" for k, v in now.items() if step["settings"].get(k) != v]
         if other:
             notes.append(f"{' and '.join(other)}: a new order of windows begins, in which text can come again")
@@ -595,28 +610,28 @@ def ngram_losses(corpus, context):
     p = np.full(targets.shape, 1 / V)  # of each target, (n, T)
     losses = []
     for n in (1, 2, 3):
-        grams, counts = np.unique(pack(text, n, V), return_counts=True)  # ascending, so that
-        history = grams // np.uint64(V)  # equal histories are neighbours
-        first = np.flatnonzero(np.diff(history, prepend=V**n))
-        total, types = np.add.reduceat(counts, first), np.diff(first, append=len(grams))
-        asked = pack(rows, n, V)[:, 1 if n == 1 else 0 :]  # the n-grams that end in a target
+        grams, counts = np.unique(pack(text, n, V), return_counts=True)  # ascending, so those of one history together
+        histories, first, types = np.unique(grams // np.uint64(V), return_index=True, return_counts=True)
+        totals = np.add.reduceat(counts, first)
+        asked = pack(rows[:, 1:] if n == 1 else rows, n, V)  # the n-grams that end in a target
         c_hw = look_up(grams, counts, asked)
-        c_h, types_h = (look_up(history[first], x, asked // np.uint64(V)) for x in (total, types))
-        known = p[:, -asked.shape[1] :]  # a view of p: targets with a history long enough
+        c_h, types_h = (look_up(histories, x, asked // np.uint64(V)) for x in (totals, types))
+        known = p[:, context - asked.shape[1] :]  # a view of p: targets with a history long enough
         known[:] = np.where(c_h > 0, (c_hw + types_h * known) / np.maximum(c_h + types_h, 1), known)
         losses.append(float(-np.log(p).mean()))
     return losses
 
 
 def pack(ids, n, V):
-    """The n-grams along the last axis, each as one 64-bit integer below V^n (so V is at most 2^21 for n = 3)."""
-    length = ids.shape[-1] - n + 1
+    """The n-grams along the last axis, each as one 64-bit integer below V^n."""
+    length = max(0, ids.shape[-1] - n + 1)
     return sum(ids[..., i : i + length] * np.uint64(V ** (n - 1 - i)) for i in range(n))
 
 
 def look_up(keys, values, asked):
     """values at the asked keys, 0 for those that are missing; keys ascend."""
-    i = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+    keys, values = np.append(keys, np.uint64(2**64 - 1)), np.append(values, 0)  # a last key that nobody asks for
+    i = np.searchsorted(keys, asked)
     return np.where(keys[i] == asked, values[i], 0)
 
 
@@ -630,7 +645,6 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
-SPLIT_KEEPS_MATCHES = (("Isolated", False), ("Removed", True))  # behavior and invert in a tokenizer.json
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
 PUBLIC_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 WAY_OUT = "byte-level BPE as in GPT-2, Llama 3, Qwen, SmolLM; for others, ready train.bin and val.bin with ids:32000"
@@ -644,14 +658,12 @@ BYTES_VOCAB = {(CHAR[b] if b else "\0"): b for b in range(256)}  # of `bytes`: N
 
 def read_ranks(name, path):
     """A tiktoken rank file, split as Llama 3 does; if it has 128,000 ranks, with Llama 3's 256 special tokens."""
-    try:
+    with refuse(f"{path} is no tiktoken rank file; a SentencePiece model?", WAY_OUT):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        raise ValueError(f"{path} is no tiktoken rank file; a SentencePiece model? ({WAY_OUT})") from None
-    n = len(ranks)
-    if sorted(ranks.values()) != [*range(n)] or not {bytes([b]) for b in range(256)} <= ranks.keys():
-        raise ValueError(f"{path} does not rank the 256 bytes and their merges from 0 on (a tiktoken rank file)")
+        n = len(ranks)
+        need(sorted(ranks.values()) == [*range(n)], "the ranks are not 0, 1, 2 ...")
+        need({bytes([b]) for b in range(256)} <= ranks.keys(), "not every byte has a rank")
     if n != 128000:
         return make_tokenizer(name, LLAMA3_SPLIT, ranks, {"<|endoftext|>": n}, n)
     reserved = (f"reserved_special_token_{i}" for i in itertools.count())
@@ -662,86 +674,51 @@ def read_ranks(name, path):
 def read_json_tokenizer(name, path):
     """A tokenizer.json with byte-level BPE, and what lies beside it. ValueError names what tiktoken cannot do exactly.
 
-    A list of merges, tried in its order, equals tiktoken's rule (of all neighbours that make a token, merge those that
-    make the lowest id) if ids ascend along the list and each token's own last merge by that rule is listed: a stretch
-    of text that becomes one token evolves as it would alone, because no merge reached over its ends."""
-
-    def need(fine, what):
-        if not fine:
-            raise ValueError(f"{path}: {what} is not supported ({WAY_OUT})")
-
-    def flat(part, inner):  # None, one normalizer or splitter, or a Sequence of them
-        return [] if part is None else part[inner] if part["type"] == "Sequence" else [part]
-
+    tiktoken knows no list of merges: of all neighbours that make a token it merges those that make the lowest id. For
+    a vocabulary that was trained this is the same, if ids ascend along the list and it makes all longer tokens."""
     files = {f: (path.parent / f).read_bytes() for f in PUBLIC_FILES if (path.parent / f).is_file()}
     files["tokenizer.json"] = path.read_bytes()
-    try:
+    with refuse(f"{path} is no byte-level tokenizer.json that tiktoken can follow", WAY_OUT):
         public = json.loads(files["tokenizer.json"])
         model, added = public["model"], {t["content"]: t["id"] for t in public.get("added_tokens") or []}
-        need(model["type"] == "BPE", f"a {model['type']} model")
+        need(model.get("type", "BPE") == "BPE", f"a {model.get('type')} model")
         for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             need(not model.get(option), f"BPE with {option} {model.get(option)!r}")
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         if model["vocab"] == BYTES_VOCAB and not merges:
             return load_tokenizer("bytes")
-        normalizers = flat(public.get("normalizer"), "normalizers")
-        need(normalizers in ([], [{"type": "NFC"}]), f"normalizer {normalizers}")
-        splitters = flat(public.get("pre_tokenizer"), "pretokenizers")
-        split = read_split(splitters)
-        need(split, f"pre-tokenizer {splitters}")
-        whole, listed, made = model.get("ignore_merges"), {*merges}, [model["vocab"][a + b] for a, b in merges]
+        normalizer, split = public.get("normalizer"), read_split(public["pre_tokenizer"])
+        need(normalizer in (None, {"type": "NFC"}), f"normalizer {normalizer}")
+        need(split, f"pre-tokenizer {public['pre_tokenizer']}")
+        made = [model["vocab"][a + b] for a, b in merges]
         need(made == sorted(made), "a list of merges in another order than their ids")
         vocab = {t: i for t, i in model["vocab"].items() if t not in added}
-        for t in vocab:
-            cuts = [(t[:i], t[i:]) for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
-            if len(t) > 1 and not (whole and listed.issuperset(cuts)):
-                need(last_merge(t, vocab) in listed, f"token {t!r} that its merges do not make")
+        lost = {t for t in vocab if len(t) > 1} - {a + b for a, b in merges}
+        need(not lost or model.get("ignore_merges"), f"tokens that its merges do not make ({len(lost)} of them)")
+        need(len({*vocab.values()}) == len(vocab), "an id of two tokens")
+        need(max([*vocab.values(), *added.values()]) < MAX_VOCAB, f"an id above {MAX_VOCAB}")
         ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path} is no byte-level tokenizer.json: {type(e).__name__} {e} ({WAY_OUT})") from None
-    end = find_end(path.parent, added)
-    files.setdefault("tokenizer_config.json", tokenizer_config(added, end))
-    return make_tokenizer(name, split, ranks, added, end, bool(normalizers), files)
+        end = next((added[name] for name in END_NAMES if name in added), None)  # unless the next lines find another
+        match json.loads(files.get("tokenizer_config.json", b"{}")):
+            case {"eos_token": str(named) | {"content": str(named)}} if named in added:
+                end = added[named]
+        return make_tokenizer(name, split, ranks, added, end, bool(normalizer), files)
 
 
-def last_merge(token, vocab):
-    """The two tokens that byte-pair encoding merges last on the way to `token`; None if it does not get there."""
-    parts = list(token)
-    while len(parts) > 2:
-        ranks = [vocab.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-        i = ranks.index(min(ranks))
-        if ranks[i] >= vocab[token]:
-            return None
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts)
-
-
-def read_split(splitters):
-    """Pre-tokenizers of a tokenizer.json -> one regular expression of tiktoken's; None if there is none."""
-    *first, last = splitters or [{"type": None}]
-    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(first) > 1:
-        return None
-    first, kind = first[0] if first else {"type": None}, last.get("use_regex", True)
-    if first["type"] is None and kind:
-        return GPT2_SPLIT
-    if first["type"] == "Digits" and kind and first["individual_digits"]:
-        return DIGITS_SPLIT
-    if first["type"] == "Split" and not kind and (first["behavior"], first["invert"]) in SPLIT_KEEPS_MATCHES:
-        split = first["pattern"].get("Regex", "$")
-        return None if re.search(r"\$|\{[\d,]+\}\+", split) else split  # these mean something else in tiktoken
+def read_split(splitter):
+    """The pre_tokenizer of a tokenizer.json -> a regular expression for tiktoken; None if it is none of these."""
+    match splitter:
+        case {"type": "ByteLevel", "add_prefix_space": False} if splitter.get("use_regex", True):
+            return GPT2_SPLIT
+        case {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, last]}:  # SmolLM
+            return DIGITS_SPLIT if read_split(last) == GPT2_SPLIT else None
+        case {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]}:  # Llama 3, Qwen: so ends what covers all text; two signs mean something else in tiktoken
+            whole = split.endswith((r"|\s+(?!\S)|\s+", r"|\s+(?!\S)|\s"))
+            return split if whole and not re.search(r"\$|\{[\d,]+\}\+", split) else None
     return None
-
-
-def find_end(folder, added):
-    """The end-of-text token: what the files beside tokenizer.json say, or one of the usual names; else None."""
-    keys = {"tokenizer_config": "eos_token", "config": "eos_token_id", "generation_config": "eos_token_id"}
-    for file, key in keys.items():
-        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            end = json.loads((folder / f"{file}.json").read_text("utf-8")).get(key)
-            end = end["content"] if isinstance(end, dict) else end[0] if isinstance(end, list) else end
-            if end in added or end in added.values():
-                return added.get(end, end)
-    return next((added[name] for name in END_NAMES if name in added), None)
 
 
 def portable(split):
@@ -756,10 +733,10 @@ def public_files(tokenizer):
     tiktoken merges any two neighbours whose concatenation has a rank, lowest rank first. As a list of merges: every way
     to cut each token into two tokens, in the order of ranks. (`ignore_merges`: a word that is a token stays whole.)"""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if tokenizer.key == "bytes":
-        vocab, merges, special, splitters = BYTES_VOCAB, [], {"\0": 0}, [byte_level]
-    elif tokenizer.bpe is None:
+    if tokenizer.tokens is None:
         return {}
+    if tokenizer.bpe is None:
+        vocab, merges, special, splitters = BYTES_VOCAB, [], {"\0": 0}, [byte_level]
     else:
         ranks, special = tokenizer.bpe._mergeable_ranks, tokenizer.bpe._special_tokens
         spell = {token: "".join(CHAR[b] for b in token) for token in ranks}
@@ -768,21 +745,15 @@ def public_files(tokenizer):
         vocab = {spell[token]: rank for token, rank in ranks.items()} | special
         pattern = {"Regex": portable(tokenizer.bpe._pat_str)}
         splitters = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, byte_level]
-    none = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    model = {"type": "BPE", **none, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    public = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None}
+    public = {"version": "1.0", "normalizer": None, "decoder": byte_level}
     public["added_tokens"] = [{"id": i, "content": text, **flags} for text, i in special.items()]
     public["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitters}
-    public |= {"decoder": byte_level, "model": model | {"vocab": vocab, "merges": merges}}
-    public = json.dumps(public, ensure_ascii=False, indent=1).encode()
-    return {"tokenizer.json": public, "tokenizer_config.json": tokenizer_config(special, tokenizer.eot)}
-
-
-def tokenizer_config(special, end):
-    ends = [text for text, i in special.items() if i == end]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return json.dumps(config | {"eos_token": (ends or [None])[0]}, indent=1).encode()
+    public["model"] = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
+    end = next((text for text, i in special.items() if i == tokenizer.eot), None)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+    files = {"tokenizer.json": public, "tokenizer_config.json": config}
+    return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -792,28 +763,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="data.py",
         usage="data.py SPEC [--tokenizer NAME] [--context T] [--cache FOLDER]",
-        description="Prepare corpora and describe them.\n\n"
-        "  python data.py python\n"
-        "  python data.py cpp,english --tokenizer gpt2\n"
-        "  python data.py mine=notes/**/*.txt --tokenizer out/run-1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Prepares corpora and describes them:  python data.py cpp,mine=notes/**/*.txt --tokenizer gpt2",
         allow_abbrev=False,
     )
-    parser.add_argument("spec", metavar="SPEC", help=f"[name=]source[:weight],... Sources: {', '.join(BUILTIN)}, "
-                        "a text file, .jsonl, folder or glob, a folder of ready tokens")  # fmt: skip
-    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes, a tiktoken encoding (gpt2), a "
-                        "tiktoken rank file, a tokenizer.json or its folder, ids:N (default: bytes)")  # fmt: skip
+    parser.add_argument("spec", metavar="SPEC", help="[name=]source[:weight],... as in the table at the top of data.py")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="of the same table (default: bytes)")
     parser.add_argument("--context", type=float, default=256, metavar="T", help="tokens a window (default: 256)")
     parser.add_argument("--cache", default="data", metavar="FOLDER", help="where tokens are kept (default: data)")
     args = parser.parse_args(argv)
     try:
-        if args.context < 1 or args.context % 1:
-            raise ValueError(f"--context {args.context:g} (a whole number of tokens, at least 1)")
-        parse_spec(args.spec)
-        tokenizer = load_tokenizer(args.tokenizer)
-        for corpus in prepare(args.spec, tokenizer, args.cache):
-            print(report(corpus, tokenizer, int(args.context)))
-    except (ValueError, OSError) as e:
+        whole = args.context >= 1 and args.context % 1 == 0
+        need(whole, f"--context {args.context:g} (a whole number of tokens, at least 1)")
+        context, tokenizer = int(args.context), load_tokenizer(args.tokenizer)
+        for corpus in prepare(args.spec, tokenizer, args.cache, context=context):
+            print(report(corpus, tokenizer, context))
+    except (ValueError, FileNotFoundError) as e:
         parser.error(str(e))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -821,17 +785,17 @@ def main(argv=None):
 
 def report(corpus, tokenizer, context):
     """A corpus as a page of text."""
-    about, ids = corpus.about, validation_windows(corpus, context)[0]
-    tokens = about["train_tokens"] + about["val_tokens"]
+    about, tokens = corpus.about, len(corpus.train) + len(corpus.val)
     skipped = ", ".join(f"{n} {reason}" for reason, n in about["skipped"].items()) or "none"
+    windows, evaluated = (len(corpus.train) - 1) // context, validation_windows(corpus, context)[0].numel()
     excerpt = tokenizer.decode(corpus.val[:300]).strip().splitlines()[:8]
     lines = [
         f"\n{corpus.name}: {about['source']}",
         f"  files            {about['files']:,} (skipped: {skipped})",
         f"  text             {about['bytes']:,} bytes, sha256 {about['sha256'][:12]}",
-        f"  tokens           {tokens:,} of {tokenizer.vocab_size:,} kinds, {corpus.bytes_per_token:.2f} bytes each",
-        f"  training         {about['train_tokens']:,}: {(len(corpus.train) - 1) // context:,} windows of {context}",
-        f"  validation       {about['val_tokens']:,} ({about['val_tokens'] / tokens:.1%}), evaluated {ids.numel():,}",
+        f"  tokens           {tokens:,} of {corpus.vocab_size:,} kinds, {corpus.bytes_per_token:.2f} bytes each",
+        f"  training         {len(corpus.train):,}: {windows:,} windows of {context}",
+        f"  validation       {len(corpus.val):,} ({len(corpus.val) / tokens:.1%}), evaluated {evaluated:,}",
         "  it begins        | " + "\n                   | ".join(excerpt),
         "  n-gram ruler     nats a token   bits a byte",
     ]

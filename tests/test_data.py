@@ -1,14 +1,15 @@
 """What data.py promises, on small real data."""
 
 import base64
+import functools
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import sysconfig
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def transformers():
     return pytest.importorskip("transformers")
 
 
+@functools.cache
 def real_texts():
     """A sample of the standard library, and 300 random lists of what is hard to split."""
     rng = random.Random(0)
@@ -91,8 +93,7 @@ def assert_same_ids(tokenizer, folder):
     texts = without_special(real_texts(), tokenizer)
     if tokenizer is BYTES:
         texts = [t for t in texts if len(t) < 9999]
-    for text, ids in zip(texts, tokenizer.encode(texts)):
-        theirs = public.encode(text, add_special_tokens=False)
+    for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
         assert theirs == ids.tolist(), text[:200]
         assert public.decode(theirs) == tokenizer.decode(ids) == (text if not tokenizer.nfc else tokenizer.decode(ids))
     assert public.eos_token_id == tokenizer.eot
@@ -184,6 +185,9 @@ REFUSED = {
     "Lowercase": {"normalizer": {"type": "Lowercase"}},
     "another order": {"merges": [[data.CHAR[x] for b in m for x in b] for m in MERGES if len(m[0] + m[1]) == 2][::-1]},
     "do not make": {"merges": []},
+    "an id of two tokens": {"vocab": {data.CHAR[b]: b % 9 for b in range(256)}, "merges": []},
+    "an id above": {"vocab": {data.CHAR[b]: b << 20 for b in range(256)}, "merges": []},
+    "pre-tokenizer": {"pre_tokenizer": json.loads(json.dumps(LLAMA3).replace(r"|\\s+(?!\\S)|\\s+", ""))},
     "no byte-level": {"vocab": {"中": 0}},
 }
 
@@ -229,6 +233,17 @@ def test_public_files_are_copied_along_and_name_the_end(tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "child" / file).read_bytes() == (tmp_path / file).read_bytes()
     assert data.load_tokenizer(str(tmp_path / "child")).key == tokenizer.key
+
+
+def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp_path):
+    ids = data.load_tokenizer("ids:300")
+    assert ids.decode([17, 4, 299]) == "17 4 299" and ids.encode(["17 4 299", ""])[0].tolist() == [17, 4, 299]
+    for text in ("text", "300", "-1", "1.5"):
+        with pytest.raises(ValueError, match="cannot encode text"):
+            ids.encode([text])
+    ids.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 300}')
+    assert data.load_tokenizer(str(tmp_path)) == ids
 
 
 def test_text_is_text_and_round_trips(monkeypatch):
@@ -378,8 +393,23 @@ BAD = {  # files, specification, words
     "empty part": ({}, "python,,cpp", "no source in ''"),
     "odd bin": ({"r/train.bin": U2 + b"x", "r/val.bin": U2}, "{}/r", "has 601 bytes"),
     "no val.bin": ({"r/train.bin": U2}, "{}/r", "val.bin"),
+    "huge weight": ({}, "python:1e308,cpp:1e308", "from 0 to 1e9"),
+    "a Windows path": ({}, "C:\\x.txt:0.5", "no file in"),
+    "a name with a slash": ({}, "a/b=python", "no file in"),
+    "a name too long": ({}, "n" * 5000, "File name too long"),
+    "jsonl with a number": ({"a.jsonl": '{"text": 1}'}, "{}/a.jsonl", "line 1"),
+    "jsonl too deep": ({"a.jsonl": "[" * 100_000}, "{}/a.jsonl", "line 1"),
+    "train.bin a folder": ({"r/train.bin/x": U2, "r/val.bin": U2}, "{}/r", "Is a directory"),
     "id beyond vocabulary": ({"r/train.bin": U2, "r/val.bin": U2}, "{}/r", "token 299"),
 }
+
+
+@pytest.mark.parametrize("lie", ['"vocab_size": 1e400', '"vocab_size": -1', '"bytes_per_token": NaN', '"dtype": []'])
+def test_a_meta_json_that_lies_is_refused(tmp_path, lie):
+    folder = write_ready(tmp_path / "r", U2, U2)
+    (folder / "meta.json").write_text((folder / "meta.json").read_text()[:-1] + f", {lie}}}")
+    with pytest.raises(ValueError, match="r/meta.json: .*uint16 or uint32"):
+        make(tmp_path, str(folder), data.load_tokenizer("ids:300"))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -418,14 +448,30 @@ def test_the_command_describes_a_corpus(tmp_path, capsys):
         assert words in shown
 
 
+def prepare_and_send(tmp_path, start, sums):
+    start.wait()
+    sums.put(int(make(tmp_path, str(tmp_path / "d"))[0].train.sum()))
+
+
 def test_processes_that_prepare_at_once_do_not_disturb_each_other(tmp_path):
     write(tmp_path, {f"d/{i}.txt": f"text {i} " * 999 for i in range(99)})
-    command = "import data; c = data.prepare('d', data.load_tokenizer('bytes'), quiet=True)[0]; print(c.train.sum())"
-    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
-    start = lambda: subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path, env=env, stdout=-1, text=True)
-    sums = [process.communicate()[0] for process in [start(), start()]]
-    assert sums[0] == sums[1] != ""
-    assert len([*(tmp_path / "data").iterdir()]) == 1
+    fork = multiprocessing.get_context("fork")
+    start, sums = fork.Barrier(3), fork.Queue()
+    processes = [fork.Process(target=prepare_and_send, args=(tmp_path, start, sums)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert len({sums.get(timeout=60) for _ in processes}) == 1
+    for process in processes:
+        process.join()
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day(tmp_path):
+    write(tmp_path, {"a.txt": "text\n" * 999, "cache/~host-1/a-0/train.bin": "", "cache/~host-2/a-0/train.bin": ""})
+    yesterday = time.time() - 100_000
+    os.utime(tmp_path / "cache/~host-1", (yesterday, yesterday))
+    make(tmp_path, str(tmp_path / "a.txt"))
+    assert [path.name for path in sorted(tmp_path.glob("cache/~*"))] == ["~host-2"]
 
 
 def test_a_preparation_that_fails_leaves_nothing(tmp_path):
@@ -434,6 +480,26 @@ def test_a_preparation_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="cannot encode"):
         make(tmp_path, str(tmp_path / "a.txt"), broken)
     assert not (tmp_path / "cache").exists()
+    (tmp_path / "cache").mkdir()  # one that was there before stays
+    for spec, context in ((f"{tmp_path}/a.txt,short={tmp_path}/a.txt", 9999), (f"{tmp_path}/a.txt", 9999)):
+        with pytest.raises(ValueError, match="too few tokens"):
+            data.prepare(spec, BYTES, tmp_path / "cache", quiet=True, context=context)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_and_no_pipe_is_read(tmp_path, monkeypatch):
+    write(tmp_path, {"d/a.txt": "text\n" * 999})
+    os.mkfifo(tmp_path / "d/pipe")
+    (tmp_path / "d/broken").symlink_to("nowhere")
+    (tmp_path / "d/loop").symlink_to(".")
+    assert make(tmp_path, str(tmp_path / "d"))[0].about["files"] == 1
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="Permission denied"):
+        make(tmp_path, str(tmp_path / "d"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,6 +589,11 @@ def slow_witten_bell(train, window, V):
                     p = (follow.get(window[j], 0) + len(follow) * p) / (sum(follow.values()) + len(follow))
             losses[n - 1, j - 1] = -math.log(p)
     return losses.mean(1)
+
+
+def test_ngram_losses_of_the_shortest_windows(vocab_size=300):
+    two = np.arange(2, dtype=np.uint16)
+    assert len(data.ngram_losses(data.Corpus("a", 1.0, two, two, 1.0, vocab_size, {}), 1)) == 3
 
 
 @pytest.mark.parametrize("vocab_size", [5, 256, 2**20])
