@@ -674,7 +674,7 @@ def main(argv=None):
         # evaluate, sample, save; a resumed step has done so already
         pause = time.time()
         if fresh:
-            if step % args.eval_every == 0 or step == steps:
+            if step % args.eval_every == 0 or step == steps or step in snapshots:
                 final = evaluate()
                 if master:
                     row = {**counted()}
