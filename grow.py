@@ -249,26 +249,6 @@ def locate(folder, c):
     return {public: (files[name], name, index, dtypes[name]) for public, (name, _, index) in found.items()}
 
 
-def history(folder, source_tokens):
-    """(tokenizer's name or None, lineage) of a checkpoint folder, ours or a public one. Raises ValueError."""
-    path, weights = folder / "run.json", folder / "model.safetensors"
-    if not path.exists():
-        return None, [{"step": "source", "name": folder.resolve().name, "tokens": source_tokens}]
-    run = model.read_json(path)
-    lineage = run.get("lineage")
-    if not isinstance(lineage, list) or not lineage or not all(isinstance(s, dict) and "step" in s for s in lineage):
-        raise ValueError(f"{path} has no lineage (a list of steps)")
-    if "step" in run and weights.exists():
-        with model.opened(weights) as f:
-            if (f.metadata() or {}).get("step", str(run["step"])) != str(run["step"]):
-                raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
-    if source_tokens is not None and lineage[0]["step"] != "source":
-        raise ValueError(f"--source-tokens {source_tokens:g}: {path} knows its own tokens (leave it out)")
-    if source_tokens is not None:
-        lineage[0]["tokens"] = source_tokens
-    return run.get("tokenizer"), lineage
-
-
 def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard=SHARD):
     """The checkpoint folder `source`, grown, as the new folder `target`, a tensor at a time. Returns one line about it.
     Raises ValueError, FileNotFoundError or OSError, and then leaves no part of it."""
@@ -278,7 +258,7 @@ def grow_folder(source, target, axis, operator, factor, layers, seed, source_tok
     small = model.read_config(source)
     c, rule = plan(small, axis, operator, factor, layers, seed)
     step = lineage_step(small, axis, operator, factor, layers, seed)
-    found, (tokenizer, lineage) = locate(source, small), history(source, source_tokens)
+    found, (tokenizer, lineage) = locate(source, small), model.read_lineage(source, source_tokens)
     with torch.device("meta"):
         empty = model.Transformer(c)
     parts = [{}]  # names and bytes of each file to write

@@ -405,6 +405,34 @@ def read_json(path):
     return value
 
 
+def read_lineage(folder, source_tokens=None):
+    """(name of the tokenizer or None, lineage) of a checkpoint folder, ours or a public one, from its run.json.
+
+    source_tokens: what a public source was trained on, if known. Raises ValueError for a torn folder.
+    """
+    folder = Path(folder)
+    path, weights = folder / "run.json", folder / "model.safetensors"
+    if source_tokens is not None and not 0 <= source_tokens < math.inf:
+        raise ValueError(f"source_tokens is {source_tokens} (0 or more)")
+    tokens = None if source_tokens is None else int(source_tokens)
+    if not path.exists():
+        return None, [{"step": "source", "name": folder.resolve().name, "tokens": tokens}]
+    run = read_json(path)
+    lineage = run.get("lineage")
+    if not isinstance(lineage, list) or not lineage or not all(isinstance(s, dict) and "step" in s for s in lineage):
+        raise ValueError(f"{path} has no lineage (a list of steps)")
+    if "step" in run and weights.exists():
+        with opened(weights) as f:
+            if (f.metadata() or {}).get("step", str(run["step"])) != str(run["step"]):
+                raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
+    if tokens is not None:
+        if lineage[0]["step"] != "source":
+            why = f"{path} knows its own tokens (leave it out for our own)"
+            raise ValueError(f"source_tokens is {source_tokens}: {why}")
+        lineage[0]["tokens"] = tokens
+    return run.get("tokenizer"), lineage
+
+
 DENSE, MIXTURES = ("llama", "mistral", "qwen3"), ("mixtral", "qwen3_moe")
 
 

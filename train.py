@@ -215,28 +215,11 @@ def read_trainer(folder):
         raise ValueError(f"{path} cannot be read: {first} (a trainer.pt written by train.py)") from None
 
 
-def read_lineage(folder, source_tokens=None):
-    """(tokenizer name or None, lineage, settings of the last training) of a checkpoint folder, ours or a public one."""
-    path = Path(folder) / "run.json"
-    if not path.exists():
-        return None, [{"step": "source", "name": Path(folder).name, "tokens": source_tokens}], {}
-    run = model.read_json(path)
-    if source_tokens is not None and run["lineage"][0]["step"] == "source":
-        run["lineage"][0]["tokens"] = source_tokens
-    trained = [step for step in run["lineage"] if step["step"] == "train"]
-    return run.get("tokenizer"), run["lineage"], trained[-1]["settings"] if trained else {}
-
-
 def check_whole(folder):
-    """Raises ValueError if a killed run left weights, run.json and trainer.pt of different steps in the folder."""
-    folder = Path(folder)
-    if not (folder / "trainer.pt").exists():
-        return
-    steps = {read_trainer(folder)["step"], model.read_json(folder / "run.json").get("step")}
-    with model.opened(folder / "model.safetensors") as f:
-        steps.add(int((f.metadata() or {}).get("step", -1)))
-    if len(steps) > 1:
-        raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
+    """Raises ValueError if a killed run left run.json and trainer.pt of different steps in the folder."""
+    if (Path(folder) / "trainer.pt").exists():
+        if read_trainer(folder)["step"] != model.read_json(Path(folder) / "run.json").get("step"):
+            raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
 
 
 def settle(args, given, world):
@@ -298,7 +281,9 @@ def settle(args, given, world):
         check_whole(parent)
         if args.init:
             module = model.load(args.init)
-        name, lineage, before = read_lineage(parent, args.source_tokens)
+        name, lineage = model.read_lineage(parent, args.source_tokens)
+        trained = [step for step in lineage if step["step"] == "train"]
+        before = trained[-1]["settings"] if trained else {}
         if args.branch:
             state = read_trainer(parent)
             refuse(given, KEPT, "cannot be given with --branch (it keeps data, optimizer, seed and rate)")

@@ -253,7 +253,7 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=SHAR
     if os.path.lexists(dst):
         raise ValueError(f"{dst} exists (another name for the result)")
     files, stored = inspect(src, dense)
-    run = read_run(src, source_tokens)
+    tokenizer, lineage = model.read_lineage(src, source_tokens)
     dtype = r.dtype(stored, config.intermediate_size)
     with torch.device("meta"):
         module = model.Transformer(config)
@@ -287,8 +287,8 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=SHAR
                 write_shard(partial / file, shard, dtype, stream, bar)
         for path in copied:
             shutil.copyfile(path, partial / path.name)
-        run |= module.num_parameters() | {"lineage": [*run["lineage"], lineage_step(experts, top_k, **options)]}
-        model.write_json(partial / "run.json", run)
+        lineage = [*lineage, lineage_step(experts, top_k, **options)]
+        model.write_json(partial / "run.json", {"tokenizer": tokenizer, **module.num_parameters(), "lineage": lineage})
         if several:
             meta = {"metadata": {"total_size": total}, "weight_map": index}
             model.write_json(partial / "model.safetensors.index.json", meta)
@@ -342,25 +342,6 @@ def inspect(src, config):
 def spare(name, config):
     """A tensor that some public folders hold and nobody needs."""
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-
-
-def read_run(src, source_tokens):
-    """{"tokenizer", "lineage"} of a folder, ours or a public one."""
-    public = {"lineage": [{"step": "source", "name": src.resolve().name, "tokens": None}]}
-    run = model.read_json(src / "run.json") if (src / "run.json").exists() else public
-    try:
-        first = run["lineage"][0]["step"]
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"{src / 'run.json'} has no lineage (a list of steps)") from None
-    if source_tokens is not None:
-        if first != "source" or not 0 <= source_tokens < math.inf:
-            raise ValueError(f"source_tokens is {source_tokens} (what a public source saw; leave it out for our own)")
-        run["lineage"][0]["tokens"] = int(source_tokens)
-    if "step" in run and (src / "model.safetensors").exists():
-        with model.opened(src / "model.safetensors") as f:
-            if int((f.metadata() or {}).get("step", run["step"])) != run["step"]:
-                raise ValueError(f"{src} was killed while saving (first: python train.py --resume --out {src})")
-    return {"tokenizer": run.get("tokenizer"), "lineage": run["lineage"]}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
