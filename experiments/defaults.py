@@ -66,8 +66,8 @@ def main():
         if name in done:
             continue
         probe = PROBE.format(root=str(HERE.parent), flags=flags.split())
-        done = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True)
-        speed = float(done.stdout)
+        probed = subprocess.run([sys.executable, "-c", probe], env=env, capture_output=True, text=True, check=True)
+        speed = float(probed.stdout)
         tokens = round(speed * args.seconds, -5)
         out, start = Path(args.out) / str(i), time.time()
         command = [sys.executable, HERE.parent / "train.py", *flags.split(), "--tokens", str(int(tokens)), "--out", out]
