@@ -713,6 +713,7 @@ def main():
         if args.tokens < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
             raise ValueError("--tokens, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
         device = pick_device(args.device)
+        read_config(args.folder)  # says what is wrong with a folder better than the tokenizer would
         tokenizer = data.load_tokenizer(args.folder)
         ids = tokenizer.encode([args.prompt])[0].tolist()
         if not ids:

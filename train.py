@@ -130,7 +130,7 @@ def get_parser():
     add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
-    add("--tokens", type=number, help="tokens to train on; 0 only evaluates and writes nothing (default: 3e6)")
+    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 3e6)")
     add("--flops", type=positive, help="training FLOPs to spend")
     add("--tokens-per-param", type=positive, help="tokens a parameter of N_active")
 
@@ -814,7 +814,8 @@ def summarise(out, corpora, context, losses, bits, load, samples):
     if load is None:
         print(f"  python train.py --init {out} --upcycle 8x2   # a mixture of experts from it")
     print(f"  python train.py --init {out} --stack 2       # a deeper model from it")
-    print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
+    if "cpp" not in rulers:
+        print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
 
 
 def plot(out, rulers):
@@ -832,7 +833,8 @@ def plot(out, rulers):
         axes.plot(tokens, [float(r[f"{name}_loss"]) for r in rows], "o-", color=f"C{i}", markersize=3, label=name)
         for n, level in enumerate(ruler, 1):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
-            axes.text(tokens[-1], level, f"{n}-gram", fontsize=7, ha="right", va="bottom")
+            x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
+            axes.text(x, level, f"{name} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
     axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=str(out))
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
