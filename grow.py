@@ -297,12 +297,8 @@ def grow_folder(source, target, axis, operator, factor, layers, seed, source_tok
             shutil.copyfile(path, partial / path.name)
         counts, stored = empty.num_parameters(), found["model.embed_tokens.weight"][3]
         written = wide(stored) if axis == "width" else stored
-        model.write_json(partial / "run.json", {"tokenizer": tokenizer, **counts, "lineage": [*lineage, step]})
-        if len(parts) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            model.write_json(partial / "model.safetensors.index.json", index)
-        model.write_json(partial / "config.json", model.public_config(c, written))
-        os.rename(partial, target)
+        run = {"tokenizer": tokenizer, **counts, "lineage": [*lineage, step]}
+        model.finish_folder(partial, target, c, written, run, weight_map, total)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     kept = f"{written} as in the source" if written == stored else f"{written}: not exact in the source's {stored}"

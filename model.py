@@ -654,6 +654,17 @@ def save(module, folder, tokenizer=None, state=None, step=None):
         save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
 
 
+def finish_folder(partial, target, config, dtype, run, weight_map, total):
+    """The end of an operator: run.json, the index if there are several shards, config.json; then `partial`, which holds
+    the shards that `weight_map` {tensor name: file name} names, `total` bytes of tensors, becomes `target`."""
+    write_json(partial / "run.json", run)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(partial / "model.safetensors.index.json", index)
+    write_json(partial / "config.json", public_config(config, dtype))
+    os.rename(partial, target)
+
+
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 

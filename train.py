@@ -662,7 +662,7 @@ def main(argv=None):
             if step % args.eval_every == 0 or step == steps or step in snapshots:
                 final = evaluate()
                 if master:
-                    row = {**counted()}
+                    row = counted()
                     for c in corpora:
                         row[f"{c.name}_loss"] = f"{final[c.name]:.6f}"
                         row[f"{c.name}_bits_per_byte"] = f"{bits(final[c.name], c):.6f}"

@@ -288,12 +288,8 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=SHAR
         for path in copied:
             shutil.copyfile(path, partial / path.name)
         lineage = [*lineage, lineage_step(experts, top_k, **options)]
-        model.write_json(partial / "run.json", {"tokenizer": tokenizer, **module.num_parameters(), "lineage": lineage})
-        if several:
-            meta = {"metadata": {"total_size": total}, "weight_map": index}
-            model.write_json(partial / "model.safetensors.index.json", meta)
-        model.write_json(partial / "config.json", model.public_config(config, dtype))
-        os.rename(partial, dst)
+        run = {"tokenizer": tokenizer, **module.num_parameters(), "lineage": lineage}
+        model.finish_folder(partial, dst, config, dtype, run, index, total)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config, dtype, total
