@@ -64,25 +64,26 @@ Try:
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
 import re
-import shutil
 import sys
-from pathlib import Path
+from operator import attrgetter
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+import data
 import model
 
-AXES, OPERATORS = ("depth", "width"), ("direct", "zero")
+AXES, OPERATORS = ("depth", "width"), ("direct", "zero", "random", "learn")
 SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
-SHARD = 2 * 10**9  # bytes of weights in one file, and about the memory that a folder takes to grow
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BESIDES = "tokenizer* special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template* generation_*.json"
+WRITERS = ("o_proj", "down_proj", "w2")  # the matrices through which a block writes to the residual stream
+FIXED = ("embed_tokens", "lm_head", "gate")  # rows are words or experts: their number does not grow
+LEARN_RATE = 3e-3
 
 
 def whole(name, size, factor):
@@ -93,17 +94,18 @@ def whole(name, size, factor):
 
 def layer_map(L, operator, factor, layers=None):
     """The list that growth in depth is: new layer i copies layer list[i] of L; `layers`, if given, after a check.
-    direct: i mod L. zero: copies of a layer follow it, spread evenly over the layers. Raises ValueError."""
+    direct, learn: i mod L. zero, random: new ones follow a layer, spread evenly over the layers. Raises ValueError."""
     if layers is None:
         n = whole("num_hidden_layers", L, factor)
-        return [i % L if operator == "direct" else ((i + 1) * L - 1) // n for i in range(n)]
+        return [i % L if operator in ("direct", "learn") else ((i + 1) * L - 1) // n for i in range(n)]
     for i in layers:
         if not 0 <= i < L:
             raise ValueError(f"layer {i} is not in the source (its {L} layers are 0-{L - 1})")
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
-    if operator == "zero" and list(dict.fromkeys(layers)) != list(range(L)):
-        raise ValueError(f"operator zero keeps the function only if 0-{L - 1} first occur all and in order (or direct)")
+    if operator in ("zero", "random") and list(dict.fromkeys(layers)) != list(range(L)):
+        why = f"keeps the function only if 0-{L - 1} first occur all and in order (or direct)"
+        raise ValueError(f"operator {operator} {why}")
     return list(layers)
 
 
@@ -130,34 +132,57 @@ def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None,
     return {"step": "grow", "axis": axis, "operator": operator, "factor": factor, "layers": layers, "seed": seed}
 
 
-def plan(c, axis, operator, factor, layers, seed):
-    """(Config of the grown model, rule): rule(public name of a new tensor) gives the names of the source's tensors that
-    it is made of, and the function of them that makes it. c is the small model's Config. Raises ValueError."""
-    step = lineage_step(c, axis, operator, factor, layers, seed)
-    layers, k = step["layers"], step["factor"]
-    if axis == "depth":
-        big = dataclasses.replace(c, num_hidden_layers=len(layers))
+def grown_config(c, step):
+    """The Config of the model that growing one of Config c by a lineage step gives. Raises ValueError."""
+    if step["axis"] == "depth":
+        big = dataclasses.replace(c, num_hidden_layers=len(step["layers"]))
     else:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        big = dataclasses.replace(c, **{n: whole(n, getattr(c, n), k) for n in names})
-        big.rms_norm_eps = c.rms_norm_eps / (k if operator == "zero" else 1)
+        big = dataclasses.replace(c, **{n: whole(n, getattr(c, n), step["factor"]) for n in names})
+        if step["operator"] in ("zero", "random"):
+            big.rms_norm_eps = c.rms_norm_eps / step["factor"]
     big.check()
+    return big
 
-    def rule(name):
-        matrix, i = name.split(".")[-2], int(name.split(".")[2]) if ".layers." in name else -1
-        if axis == "width":
-            expert = int(name.split(".")[-3]) if ".experts." in name else 0
 
-            def draw(*shape, std=1.0):
-                return model.normal(shape, std, seed, i, expert, f"grow {matrix}")
+def place(name):
+    """(matrix, layer, expert) of a public name; layer -1 outside the layers, expert 0 outside the experts."""
+    parts = name.split(".")
+    return parts[-2], int(parts[2]) if ".layers." in name else -1, int(parts[-3]) if ".experts." in name else 0
 
-            formula = direct if operator == "direct" else zero
-            return [name], lambda t: formula(t.to(wide(t.dtype)), matrix, k, draw, c)
-        closed = operator == "zero" and layers[i] in layers[:i] and matrix in ("o_proj", "down_proj", "w2")
-        source = name if i < 0 else name.replace(f".{i}.", f".{layers[i]}.", 1)
-        return [source], torch.zeros_like if closed else lambda t: t
 
-    return big, rule
+def origin(name, layers):
+    """(public name of the source's tensor that `name` copies, whether its layer is a later copy) in depth."""
+    layer = place(name)[1]
+    if layer < 0:
+        return name, False
+    return name.replace(f".{layer}.", f".{layers[layer]}.", 1), layers[layer] in layers[:layer]
+
+
+def formula(name, c, step):
+    """(source's tensor, function of it): what makes tensor `name` of the grown model, under public names, by every
+    operator but learn. c: Config of the small model."""
+    matrix, layer, expert = place(name)
+    operator, k = step["operator"], step["factor"]
+
+    def draw(*shape, std=1.0):
+        return model.normal(shape, std, step["seed"], layer, expert, f"grow {matrix}")
+
+    if step["axis"] == "depth":
+        source, again = origin(name, step["layers"])
+        if again and operator in ("zero", "random") and matrix in WRITERS:
+            return source, torch.zeros_like
+        if again and operator == "random":
+            return source, lambda t: draw(*t.shape, std=rms(t)).to(t) if t.dim() > 1 else torch.ones_like(t)
+        return source, lambda t: t
+    if operator == "direct":
+        return name, lambda t: direct(t.to(wide(t.dtype)), matrix, k, draw, c)
+    noise = draw if operator == "zero" else lambda *shape, std: torch.zeros(shape)  # random: `Mask` draws it
+    return name, lambda t: zero(t.to(wide(t.dtype)), matrix, k, noise, c)
+
+
+def rms(t):
+    return t.double().square().mean().sqrt().item()
 
 
 def wide(dtype):
@@ -173,22 +198,21 @@ def direct(t, matrix, k, draw, c):
         return t.repeat(1, k)
     if t.dim() == 1 and not (matrix == "norm" and c.tie_word_embeddings):
         return t.repeat(k)
-    rows = t.repeat(k, 1) if t.dim() == 2 and matrix not in ("lm_head", "gate") else t
+    rows = t.repeat(k, 1) if t.dim() == 2 and matrix not in FIXED else t
     shares = (1 + SPREAD * draw(k - 1, *(rows.shape[1:] if matrix == "gate" else rows.shape)).to(t)) / k
     return torch.cat([rows * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
 
 
 def zero(t, matrix, k, draw, c):
-    """W' = [[W, A], [0, C]]. The embedding's A is 0; the head and the router have no rows below."""
+    """W' = [[W, A], [0, C]]. The embedding's A is 0; the head and the router have no rows below. random: A = C = 0."""
     if matrix in ("q_norm", "k_norm"):
         return t
     shrink = math.sqrt(1 / k)  # sqrt(d/D)
     if t.dim() == 1:
         return torch.cat((t * shrink, t.new_ones(round(len(t) * k) - len(t))))
     rows, columns = t.shape
-    fixed = matrix in ("embed_tokens", "lm_head", "gate")  # vocabulary and experts do not grow
-    rms = 0.0 if matrix == "embed_tokens" else t.double().square().mean().sqrt().item()
-    new = draw(rows if fixed else round(rows * k), round(columns * k), std=rms).to(t)
+    std = 0.0 if matrix == "embed_tokens" else rms(t)
+    new = draw(rows if matrix in FIXED else round(rows * k), round(columns * k), std=std).to(t)
     new[:rows, :columns] = t * shrink if c.qk_norm and matrix in ("q_proj", "k_proj") else t
     new[rows:, :columns] = 0
     return new
@@ -202,7 +226,10 @@ def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1)
     """A new model.Transformer grown from `module`, which stays as it is. layers: a list of source layers, in the place
     of depth's factor. Depth keeps the dtype, width makes it fp32 at least. Raises ValueError for what cannot be built,
     or not exactly where the operator promises it. `grow_folder` gives the same weights, bit for bit."""
-    c, rule = plan(module.config, axis, operator, factor, layers, seed)
+    if operator == "learn":
+        raise ValueError("operator learn needs text (grow.learn, or the command)")
+    step = lineage_step(module.config, axis, operator, factor, layers, seed)
+    c = grown_config(module.config, step)
     old = dict(model.public_tensors(module.config, module.state_dict()))
     weight = module.model.embed_tokens.weight
     with torch.device("meta"):
@@ -211,99 +238,253 @@ def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1)
     if c.tie_word_embeddings:
         new.lm_head.weight = new.model.embed_tokens.weight
     for name, view in model.public_tensors(c, new.state_dict()):
-        names, formula = rule(name)
-        view.copy_(formula(*(old[n] for n in names)))
+        source, make = formula(name, module.config, step)
+        view.copy_(make(old[source]))
     return new.train(module.training)
+
+
+# ---- random: the mask -----------------------------------------------------------------------------------------------
+
+
+class Mask:
+    """Opens what operator random has closed, in `steps` updates: `train.py --mask-steps`.
+
+    module: as grown, at mask 0. step: the entry of its lineage that grew it. The optimizer updates raw weights, the
+    forward pass uses mask x raw; torch's parametrisation does that from outside, and model.py knows nothing of it.
+    draw: draw the raw weights behind the mask (not if `module` holds them, as in a resumed run)."""
+
+    def __init__(self, module, step, steps, draw=True):
+        self.module, self.steps, self.masked = module, steps, []
+        self.share = torch.zeros_like(module.lm_head.weight[0, 0])  # c, how far the mask is open
+        state = module.state_dict()
+        closed = {name: self.added(name, t, step) for name, t in state.items()}
+        if module.config.tie_word_embeddings:
+            closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
+        for name in state:
+            if draw:
+                self.draw(name, state, closed[name], step)
+            if closed[name].any():
+                owner, _, attribute = name.rpartition(".")
+                opening = Opening(closed[name], self.share, 1 / step["factor"])
+                parametrize.register_parametrization(module.get_submodule(owner), attribute, opening)
+                self.masked.append((module.get_submodule(owner), attribute))
+
+    def added(self, name, t, step):
+        """True where operator random has added an entry that the mask closes, in the shape of parameter `name`."""
+        mask = torch.zeros_like(t, dtype=torch.bool)
+        for public, part in model.public_tensors(self.module.config, {name: mask}):
+            matrix, k = place(public)[0], step["factor"]
+            if step["axis"] == "depth":
+                part[:] = origin(public, step["layers"])[1] and matrix in WRITERS
+            elif matrix not in ("q_norm", "k_norm"):
+                part[..., round(part.shape[-1] / k) :] = True  # new columns, or gains
+                if part.dim() > 1 and matrix not in FIXED:
+                    part[round(len(part) / k) :] = True
+        return mask
+
+    def draw(self, name, state, closed, step):
+        """Raw weights: behind the mask normal numbers of the size of the old ones, gains of 1 times sqrt(open / D)."""
+        c, parts = self.module.config, dict(model.public_tensors(self.module.config, {name: closed}))
+        for public, raw in model.public_tensors(c, {name: state[name]}):
+            new, (matrix, layer, expert) = parts[public], place(public)
+            if new.any() and raw.dim() == 1:
+                raw *= math.sqrt(step["factor"])
+                raw[new] = 1
+            elif new.any():
+                first = step["layers"] and step["layers"].index(step["layers"][layer])
+                old = raw[~new] if first is None else state[name.replace(f".{layer}.", f".{first}.", 1)]
+                fresh = model.normal(raw.shape, rms(old), step["seed"], layer, expert, f"grow {matrix}")
+                raw[new] = fresh.to(raw)[new]
+
+    def open(self, step):
+        """What the mask is after `step` updates: c = step / steps. Wholly open, it is folded into the weights."""
+        self.share.fill_(min(1.0, step / self.steps))
+        if step >= self.steps:
+            for owner, attribute in self.masked:
+                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+            self.masked = []
+
+    def effective(self):
+        """{parameter: mask x raw}, what a folder holds."""
+        return {plain(name): attrgetter(plain(name))(self.module) for name in self.module.state_dict()}
+
+
+class Opening(torch.nn.Module):
+    """raw -> mask x raw, where the mask is 1 on old entries and c on `closed` ones; gains -> sqrt(open / D) x raw, with
+    open = d + c (D - d), as RMSNorm over the open dimensions is RMSNorm over all times that. least: d / D."""
+
+    def __init__(self, closed, share, least):
+        super().__init__()
+        self.closed, self.share, self.least = closed, share, least
+
+    def forward(self, raw):
+        if raw.dim() == 1:
+            return raw * (self.least + self.share * (1 - self.least)).sqrt()
+        return torch.where(self.closed, self.share * raw, raw)
+
+
+def plain(name):
+    """A parameter's name without what torch's parametrisation adds to it."""
+    return name.replace("parametrizations.", "").removesuffix(".original")
+
+
+# ---- learn: LiGO ----------------------------------------------------------------------------------------------------
+
+SIDES = {  # matrix: (map of what it puts out, map of what it reads); gains have the one side
+    "embed_tokens": ("", "hidden"), "lm_head": ("", "hidden"), "gate": ("", "hidden"),
+    "q_proj": ("q", "hidden"), "k_proj": ("k", "hidden"), "v_proj": ("v", "hidden"), "o_proj": ("hidden", "mixed"),
+    "gate_proj": ("mlp", "hidden"), "up_proj": ("mlp", "hidden"), "down_proj": ("hidden", "mlp"),
+    "input_layernorm": ("hidden", ""), "post_attention_layernorm": ("hidden", ""), "norm": ("hidden", ""),
+    "q_norm": ("", ""), "k_norm": ("", ""),
+}  # fmt: skip
+
+
+def maps_of_depth(old, c, big, step):
+    """Each new layer a sum over old ones, with weights of its own for each of the block's parameters."""
+    start = F.one_hot(torch.tensor(step["layers"]), c.num_hidden_layers).float()
+    kinds = [n.removeprefix("model.layers.0.") for n in old if ".layers.0." in n]
+    maps = {kind: start + 0.03 * model.normal(start.shape, 1, step["seed"], -1, 0, f"learn {kind}") for kind in kinds}
+
+    def combine():
+        new = {n: t for n, t in old.items() if ".layers." not in n}
+        for kind, weights in maps.items():
+            layers = torch.stack([old[f"model.layers.{j}.{kind}"] for j in range(c.num_hidden_layers)])
+            new |= {f"model.layers.{i}.{kind}": t for i, t in enumerate(torch.tensordot(weights, layers, 1))}
+        return new
+
+    return maps, combine
+
+
+def maps_of_width(old, c, big, step):
+    """W' = B_out W B_in^T, with B [I; noise] at the start: one for the residual stream, the others for each layer. A
+    head goes as a whole, so that rotary pairs stay pairs; o_proj reads what v_proj puts out, group by group."""
+    sizes = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+    sizes["mlp"] = c.intermediate_size // c.granularity
+    maps = {}
+    for i in range(-1, c.num_hidden_layers):
+        for side, d in (sizes if i >= 0 else {"hidden": c.hidden_size}).items():
+            D = whole(side, d, step["factor"])
+            noise = model.normal((D - d, d), D**-0.5, step["seed"], i, 0, f"learn {side}")
+            maps[side, i] = torch.cat([torch.eye(d), noise])
+    head, group = torch.eye(c.head_dim), torch.eye(c.num_attention_heads // c.num_key_value_heads)
+
+    def side(name, layer):
+        if name == "mixed":
+            return torch.kron(maps["v", layer], torch.kron(group, head))
+        if name in ("q", "k", "v"):
+            return torch.kron(maps[name, layer], head)
+        return maps[name, -1 if name == "hidden" else layer]
+
+    def combine():
+        new = {}
+        for name, t in model.public_tensors(c, old):
+            matrix, layer, _ = place(name)
+            out, read = SIDES[{"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(matrix, matrix)]
+            t = side(out, layer) @ t if out else t
+            new[name] = t @ side(read, layer).T if read else t
+        return model.private_tensors(big, new)
+
+    return maps, combine
+
+
+def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN_RATE):
+    """A model grown by LiGO (2303.00980), fp32: its weights are linear maps of those of `module`. The maps are learned
+    on `batches`, pairs (ids, targets) (B, T), an Adam step each, and then discarded. Raises ValueError as `grow`."""
+    step = lineage_step(module.config, axis, "learn", factor, layers, seed)
+    c, big = module.config, grown_config(module.config, step)
+    old = {n: t.detach().float() for n, t in module.state_dict().items()}
+    if c.tie_word_embeddings:
+        old["lm_head.weight"] = old["model.embed_tokens.weight"]
+    maps, combine = (maps_of_depth if axis == "depth" else maps_of_width)(old, c, big, step)
+    with torch.device("meta"):
+        new = model.Transformer(big)
+    optimizer = torch.optim.Adam([t.requires_grad_() for t in maps.values()], lr=lr)
+    for ids, targets in batches:
+        _, loss, aux = torch.func.functional_call(new, combine(), (ids, targets))
+        if aux:
+            loss = loss + c.balance_coef * aux["balance_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        new.load_state_dict({n: t.clone() for n, t in combine().items()}, assign=True)
+    if big.tie_word_embeddings:
+        new.lm_head.weight = new.model.embed_tokens.weight
+    return new.requires_grad_().train(module.training)
+
 
 
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
-def locate(folder, c):
-    """{public name: (file, name in it, index into it, dtype)} of Config c's tensors; a layer's experts may lie in one.
-    Raises FileNotFoundError, or ValueError for a tensor that is missing, left over, or of another shape or dtype."""
-    files, found, dtypes = model.tensor_files(folder), {}, {}
-    with torch.device("meta"):
-        state = model.Transformer(c).state_dict()
-    for name, t in state.items():
-        for i, (public, part) in enumerate(model.public_tensors(c, {name: t})):
-            if ".experts." not in name or name not in files:
-                found[public] = public, part.shape, ()
-            elif name.endswith("down_proj"):
-                found[public] = name, t.shape, (i,)
-            else:  # expert 0's gate, its up, expert 1's gate, ...
-                found[public] = name, t.shape, (i // 2, slice(i % 2 * len(part), (i % 2 + 1) * len(part)))
-    asked = {name: tuple(shape) for name, shape, _ in found.values()}
-    fine = ("rotary_emb.inv_freq", "lm_head.weight" if c.tie_word_embeddings else "rotary_emb.inv_freq")
-    extra = [n for n in files.keys() - asked.keys() if not n.endswith(fine)]
-    for names, word in ((asked.keys() - files.keys(), "lacks"), (extra, "has, beyond its configuration,")):
-        if names:
-            raise ValueError(f"{folder} {word} the tensor {min(names)} (config.json and weights must agree)")
-    for path in set(files.values()):
-        with model.opened(path) as f:
-            for name in asked.keys() & set(f.keys()):
-                dtype, shape = f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape())
-                if shape != asked[name] or dtype not in DTYPES:
-                    raise ValueError(f"{path}: {name} is {dtype} {shape} ({' or '.join(DTYPES)} {asked[name]})")
-                dtypes[name] = DTYPES[dtype]
-    return {public: (files[name], name, index, dtypes[name]) for public, (name, _, index) in found.items()}
-
-
-def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard=SHARD):
-    """The checkpoint folder `source`, grown, as the new folder `target`, a tensor at a time. Returns one line about it.
-    Raises ValueError, FileNotFoundError or OSError, and then leaves no part of it."""
-    source, target = Path(source), Path(target)
-    if os.path.lexists(target):
-        raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard_size=model.SHARD_SIZE,
+                **learning):  # fmt: skip
+    """The checkpoint folder `source`, grown, as the new folder `target`, a tensor at a time (learn: all in memory).
+    learning: the other arguments of `learn_on_text`. Returns one line about it. Raises ValueError, FileNotFoundError or
+    OSError, and then leaves no part of it."""
     small = model.read_config(source)
-    c, rule = plan(small, axis, operator, factor, layers, seed)
     step = lineage_step(small, axis, operator, factor, layers, seed)
-    found, (tokenizer, lineage) = locate(source, small), model.read_lineage(source, source_tokens)
-    with torch.device("meta"):
-        empty = model.Transformer(c)
-    parts = [{}]  # names and bytes of each file to write
-    for name, t in model.public_tensors(c, empty.state_dict()):
-        dtype = found[rule(name)[0][0]][3]
-        size = t.numel() * (wide(dtype) if axis == "width" else dtype).itemsize
-        if parts[-1] and sum(parts[-1].values()) + size > shard:
-            parts.append({})
-        parts[-1][name] = size
-    total = sum(sum(part.values()) for part in parts)
-    above = next(p for p in target.absolute().parents if p.exists())
-    if (free := shutil.disk_usage(above).free) < total:
-        raise ValueError(f"{target} takes {total / 1e9:.2f} GB and {above} has {free / 1e9:.2f} GB free (make room)")
+    c = grown_config(small, step)
+    (found, stored), (tokenizer, lineage) = model.inspect(source, small), model.read_lineage(source, source_tokens)
+    dtype = torch.float32 if operator == "learn" else wide(stored) if axis == "width" else stored
 
-    partial, weight_map = target.with_name(f"{target.name}.partial-{os.getpid()}"), {}
-    partial.mkdir(parents=True)
-    try:
-        with contextlib.ExitStack() as stack, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-            files = {path: stack.enter_context(model.opened(path)) for path, *_ in found.values()}
+    if operator == "learn":
+        if os.path.lexists(target):  # asked again when it is written; but learning takes a while
+            raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+        state = learn_on_text(source, step, lineage, **learning).state_dict()
+    else:
+        with torch.device("meta"):
+            state = model.Transformer(c).state_dict()
 
-            def read(name):
-                path, there, index, _ = found[name]
-                return files[path].get_slice(there)[index] if index else files[path].get_tensor(there)
+    def made(name):
+        old, make = formula(name, small, step)
+        return make(next(model.read_tensors({old: found[old]}))[1])
 
-            for i, part in enumerate(parts):
-                file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
-                weight_map |= dict.fromkeys(part, file)
-                tensors = {}
-                for name, size in part.items():
-                    names, formula = rule(name)
-                    tensors[name] = formula(*map(read, names)).clone(memory_format=torch.contiguous_format)
-                    bar.update(size)
-                with model.replacing(partial / file) as beside:
-                    model.save_file(tensors, beside, metadata={"format": "pt"})
-        for path in {p for pattern in BESIDES.split() for p in source.glob(pattern) if p.is_file()}:
-            shutil.copyfile(path, partial / path.name)
-        counts, stored = empty.num_parameters(), found["model.embed_tokens.weight"][3]
-        written = wide(stored) if axis == "width" else stored
-        run = {"tokenizer": tokenizer, **counts, "lineage": [*lineage, step]}
-        model.finish_folder(partial, target, c, written, run, weight_map, total)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    kept = f"{written} as in the source" if written == stored else f"{written}: not exact in the source's {stored}"
+    stream = (t if operator == "learn" else made(name) for name, t in model.public_tensors(c, state))
+    run = {"tokenizer": tokenizer, "lineage": [*lineage, step]}
+    model.write_folder(source, target, c, dtype, stream, run, shard_size)
+    kept = f"{dtype} as in the source" if dtype == stored else f"{dtype}: not exact in the source's {stored}"
     pairs = f", R_c {retention(step['layers']):.1%}" if axis == "depth" else ""
-    return f"{target}: {c.num_hidden_layers} layers of width {c.hidden_size}, N {counts['N']:,}{pairs}, {kept}"
+    return f"{target}: {c.num_hidden_layers} layers of width {c.hidden_size}{pairs}, {kept}"
+
+
+def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096, lr=LEARN_RATE):
+    """`learn` for the folder `source` on `steps` batches of the text of `spec`, by default what its last training read,
+    going on where that stopped. Adds to `step` what was read and spent, and prints three held-out losses."""
+    module, tokenizer = model.load(source), data.load_tokenizer(source)
+    before = ([{}] + [s["settings"] for s in lineage if "settings" in s])[-1]
+    context = before.get("context") or min(module.config.max_position_embeddings, 256)
+    spec = spec or before.get("data") or "python"
+    corpora = data.prepare(spec, tokenizer, context=context)
+    order, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
+    reader = data.Reader(corpora, context, step["seed"] if order is None else order, sequence, read)
+    windows = max(1, batch_tokens // context)
+    start = dict(reader.read)
+    bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
+    batches = (reader.load(reader.take(windows)) for _ in bar)
+    how = {k: step[k] for k in ("axis", "factor", "layers", "seed")}
+    first, big = learn(module, [], **how), learn(module, batches, **how, lr=lr)
+
+    @torch.no_grad()
+    def held_out(m):
+        """Nats a token on at most 128 windows a corpus."""
+        total = 0
+        for corpus in corpora:
+            ids, targets = data.validation_windows(corpus, context)
+            parts = zip(ids[:128].split(16), targets[:128].split(16))
+            total += corpus.weight * sum(m(x, y)[1].item() * len(x) for x, y in parts) / len(ids[:128])
+        return total
+
+    was, began, ended = map(held_out, (module, first, big))
+    print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
+    step["tokens"] = steps * windows * context
+    step["flops"] = step["tokens"] * big.flops_per_token(context)
+    step["data"] = {}
+    for c in corpora:
+        tokens = (reader.read[c.name] - start[c.name]) * context
+        step["data"][c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
+    step["settings"] = {"data": spec, "context": context, "tokenizer": tokenizer.key, "lr": lr}
+    return big
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -313,6 +494,12 @@ def number(text):
     if not 0 <= (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is out of range (0 or more, and finite)")
     return int(value) if value == int(value) else value
+
+
+def count(text):
+    if (value := number(text)) != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count (a whole number of at least 1)")
+    return value
 
 
 def ranges(text):
@@ -339,16 +526,26 @@ def main(argv=None):
     group = parser.add_argument_group("growth")
     add, either = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     add("--axis", choices=AXES, required=True, help="more layers, or wider ones (required)")
-    add("--operator", choices=OPERATORS, required=True, help="copy, or add parts that do nothing yet (required)")
+    add("--operator", choices=OPERATORS, required=True, help="copy, add what does nothing yet, add random numbers "
+        "behind a mask, or learn a map (required)")  # fmt: skip
     either("--factor", type=number, help="times as many layers; or times hidden size, heads and MLP (this or --layers)")
     either("--layers", type=ranges, help="source layers of the grown model, as 0-23,8-31; ranges include both ends")
-    add("--seed", type=int, default=1, help="of width's random numbers (default: %(default)s)")
-    args = parser.parse_args(argv)
+    add("--seed", type=int, default=1, help="of the random numbers (default: %(default)s)")
+    add = parser.add_argument_group("operator learn").add_argument
+    add("--data", dest="spec", metavar="SPEC", help="text to learn on: see data.py (default: the source's, or python)")
+    add("--steps", type=count, help="batches to learn on (default: 100)")
+    add("--batch-tokens", type=count, help="tokens of one of them (default: 4096)")
+    add("--lr", type=number, help=f"learning rate of the maps (default: {LEARN_RATE})")
+    args = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     try:
-        print("written:", grow_folder(**vars(args)))
+        for name, flag in dict(spec="--data", steps="--steps", batch_tokens="--batch-tokens", lr="--lr").items():
+            if name in args and args["operator"] != "learn":
+                raise ValueError(f"{flag} has no use with operator {args['operator']} (learn)")
+        print("written:", grow_folder(**{"factor": None, "layers": None} | args))
     except (ValueError, OSError, RuntimeError, model.SafetensorError) as error:
         parser.error(str(error))
-    print(f"next: python train.py --init {args.target}")
+    mask = " --mask-steps 100" if args["operator"] == "random" else ""
+    print(f"next: python train.py --init {args['target']}{mask}")
 
 
 if __name__ == "__main__":

@@ -672,7 +672,7 @@ def read_table(path, form, target="L", blocks=None):
 
 def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
-    values = [s.get(what) for s in steps if s["step"] in ("train", "source")]
+    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # grow's learn spends too
     return None if None in values else sum(number(v, least=0) for v in values)
 
 

@@ -39,6 +39,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import moe
 
@@ -559,6 +561,21 @@ def public_tensors(c, state):
             yield name, t
 
 
+def private_tensors(c, found):
+    """The inverse of public_tensors: {public name: tensor} -> state dict, experts joined, the head tied if it is."""
+    with torch.device("meta"):
+        names, state = Transformer(c).state_dict(), {}
+    for name, t in names.items():
+        parts = [found[n] for n, _ in public_tensors(c, {name: t})]
+        if name.endswith("gate_up_proj"):
+            parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
+        if parts:  # of a tied head there are none
+            state[name] = torch.stack(parts) if ".experts." in name else parts[0]
+    if c.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
 def tensor_files(folder):
     """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
     folder = Path(folder)
@@ -590,47 +607,63 @@ def opened(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def inspect(folder, config):
+    """({public name: (file, name in it, index into that)} of the tensors that Config `config` asks for, widest dtype).
+
+    Read from the files' headers. Raises FileNotFoundError or ValueError where a tensor is missing, left over, torn, or
+    of another shape or dtype."""
+    with torch.device("meta"):  # shapes without numbers
+        state = Transformer(config).state_dict()
+    files, found = tensor_files(folder), {}
+    for name, t in state.items():
+        for i, (public, part) in enumerate(public_tensors(config, {name: t})):
+            if ".experts." not in name or name not in files:
+                found[public] = public, tuple(part.shape), ()
+            elif name.endswith("down_proj"):  # some writers keep a layer's experts in one tensor
+                found[public] = name, tuple(t.shape), (i,)
+            else:  # expert 0's gate, its up, expert 1's gate, ...
+                found[public] = name, tuple(t.shape), (i // 2, slice(i % 2 * len(part), (i % 2 + 1) * len(part)))
+    shapes = {name: shape for name, shape, _ in found.values()}
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some public folders
+    missing = sorted(shapes.keys() - files.keys())
+    extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith(spare))
+    for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise ValueError(f"{folder} {word} the tensor {names[0]}{more} (config.json and weights must agree)")
+    dtype = None
+    for path in sorted(set(files.values())):
+        with opened(path) as f:
+            for name in shapes.keys() & set(f.keys()):
+                kind, shape = f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape())
+                if shape != shapes[name] or kind not in DTYPES:
+                    right = f"config.json says {shapes[name]}; {', '.join(DTYPES)} are read"
+                    raise ValueError(f"{path}: {name} is {kind} of shape {shape} ({right})")
+                dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
+    return {public: (files[name], name, index) for public, (name, _, index) in found.items()}, dtype
+
+
+def read_tensors(found):
+    """Yields (public name, tensor) for entries of `inspect`, a file after the other."""
+    for path in sorted({path for path, _, _ in found.values()}):
+        with opened(path) as f:
+            for public, (there, name, index) in found.items():
+                if there == path:
+                    yield public, f.get_slice(name)[index] if index else f.get_tensor(name)
+
+
 def load(folder, dtype=torch.float32):
     """The module in a checkpoint folder, with its weights as `dtype`, on the CPU.
 
     Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says.
     """
     config = read_config(folder)
-    with torch.device("meta"):  # shapes without numbers: public_tensors of them lists what the files must hold
+    weights = private_tensors(config, {name: t.to(dtype) for name, t in read_tensors(inspect(folder, config)[0])})
+    with torch.device("meta"):
         module = Transformer(config)
-    state = {n: p for n, p in module.state_dict().items() if not (n == "lm_head.weight" and config.tie_word_embeddings)}
-    files = tensor_files(folder)
-    fused = [n for n in state if ".experts." in n and n in files]  # some writers keep a layer's experts in one tensor
-    rest = {n: t for n, t in state.items() if n not in fused}
-    shapes = {n: tuple(state[n].shape) for n in fused} | {n: tuple(t.shape) for n, t in public_tensors(config, rest)}
-    missing = sorted(shapes.keys() - files.keys())
-    extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith("rotary_emb.inv_freq"))
-    if config.tie_word_embeddings:
-        extra = [n for n in extra if n != "lm_head.weight"]
-    for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
-        if names:
-            more = f" and {len(names) - 1} more" * (len(names) > 1)
-            raise ValueError(f"{folder} {word} the tensor {names[0]}{more} (config.json and weights must agree)")
-    weights = {}
-    for path in sorted(set(files.values())):
-        with opened(path) as f:
-            for name in f.keys():
-                if name not in shapes:
-                    continue
-                shape = tuple(f.get_slice(name).get_shape())
-                if shape != shapes[name]:
-                    raise ValueError(f"{path}: {name} has shape {shape} (config.json says {shapes[name]})")
-                weights[name] = f.get_tensor(name).to(dtype)
-    for name, t in rest.items():  # join the experts, in the order in which public_tensors takes them apart
-        if ".experts." in name:
-            parts = [weights.pop(n) for n, _ in public_tensors(config, {name: t})]
-            if name.endswith("gate_up_proj"):
-                parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
-            weights[name] = torch.stack(parts)
-        elif name not in weights:  # the router of Mixtral, under its other name
-            weights[name] = weights.pop(next(public_tensors(config, {name: t}))[0])
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     module.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
@@ -654,15 +687,77 @@ def save(module, folder, tokenizer=None, state=None, step=None):
         save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
 
 
-def finish_folder(partial, target, config, dtype, run, weight_map, total):
-    """The end of an operator: run.json, the index if there are several shards, config.json; then `partial`, which holds
-    the shards that `weight_map` {tensor name: file name} names, `total` bytes of tensors, becomes `target`."""
-    write_json(partial / "run.json", run)
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(partial / "model.safetensors.index.json", index)
-    write_json(partial / "config.json", public_config(config, dtype))
-    os.rename(partial, target)
+BESIDES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+           "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+SHARD_SIZE = 5e9  # bytes
+
+
+def write_folder(source, target, config, dtype, stream, run, shard_size=SHARD_SIZE):
+    """The end of an operator: the new checkpoint folder `target`, a tensor at a time, renamed into place when whole.
+
+    stream: yields the tensors that Config `config` asks for, in the order of public_tensors; they are written as
+    `dtype`, into files of at most shard_size bytes (a larger tensor has its own). run: the contents of run.json, to
+    which the counts are added. What lies beside the weights in `source`, such as the tokenizer, comes along.
+    Returns the bytes of tensors. Raises ValueError before anything is written, OSError if writing fails."""
+    source, target = Path(source), Path(target)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+    if not shard_size >= 1:
+        raise ValueError(f"shard_size is {shard_size} (bytes, such as 5e9)")
+    with torch.device("meta"):
+        module = Transformer(config)
+    shards = [{}]  # {name: (shape, bytes)} of each file
+    for name, t in public_tensors(config, module.state_dict()):
+        n = t.numel() * dtype.itemsize
+        if shards[-1] and sum(size for _, size in shards[-1].values()) + n > shard_size:
+            shards.append({})
+        shards[-1][name] = list(t.shape), n
+    total = sum(size for shard in shards for _, size in shard.values())
+    copied = sorted({p for pattern in BESIDES for p in source.glob(pattern) if p.is_file()})
+    ground = next(p for p in target.absolute().parents if p.exists())
+    need, free = total + sum(p.stat().st_size for p in copied) + 2**20, shutil.disk_usage(ground).free
+    if need > free:
+        raise ValueError(f"{target} needs {need / 1e9:.2f} GB, and {ground} has {free / 1e9:.2f} GB free (make room)")
+    partial, index = target.with_name(f"{target.name}.partial-{os.getpid()}"), {}
+    partial.mkdir(parents=True)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+            for i, shard in enumerate(shards):
+                several = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+                file = several if len(shards) > 1 else "model.safetensors"
+                index |= dict.fromkeys(shard, file)
+                write_shard(partial / file, shard, dtype, stream, bar)
+        for path in copied:
+            shutil.copyfile(path, partial / path.name)
+        write_json(partial / "run.json", {**run, **module.num_parameters()})
+        if len(shards) > 1:
+            meta = {"total_size": total}
+            write_json(partial / "model.safetensors.index.json", {"metadata": meta, "weight_map": index})
+        write_json(partial / "config.json", public_config(config, dtype))
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return total
+
+
+def write_shard(path, shard, dtype, stream, bar):
+    """A safetensors file, without ever holding it: the length of the header, the header, then each tensor's bytes."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    kind = {t: kind for kind, t in DTYPES.items()}[dtype]
+    for name, (shape, n) in shard.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + n]}
+        at += n
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for name, (shape, n) in shard.items():
+            t = next(stream).to(dtype).contiguous()
+            assert list(t.shape) == shape, name
+            f.write(t.view(torch.uint8).numpy())
+            bar.update(n)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

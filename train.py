@@ -153,6 +153,7 @@ def get_parser():
     add = parser.add_argument_group("reuse (of the checkpoint of --init, in memory on every rank)").add_argument
     add("--upcycle", metavar="ExK", help="make its MLPs experts, as in 8x2: see upcycle.py (default: leave it dense)")
     add("--stack", type=number, help="repeat its layers so many times: see grow.py (default: leave them)")
+    add("--mask-steps", type=number, metavar="STEPS", help="open the mask of grow.py's random in so many steps")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive, default=3e-3, help="highest learning rate")
@@ -271,8 +272,8 @@ def settle(args, given, world):
         if getattr(args, name) == 0:
             raise ValueError(f"{flag(name)} is 0 (at least 1)")
 
-    if (args.upcycle or args.stack) and not args.init:
-        raise ValueError("--upcycle and --stack change the checkpoint of --init (add --init)")
+    if (args.upcycle or args.stack or args.mask_steps) and not args.init:
+        raise ValueError("--upcycle, --stack and --mask-steps change the checkpoint of --init (add --init)")
     parent = args.init or args.branch
     if parent:
         of_upcycling = ("granularity", "router") if args.upcycle else ()
@@ -290,6 +291,8 @@ def settle(args, given, world):
             for key in (*SHAPE, *KEPT, *{"dtype", "micro_batch"} - given.keys()):
                 setattr(args, key, state["settings"][key])
             args.schedule, args.warmup, args.decay_fraction, args.lr = "wsd", 0, 1.0, state["lr"]
+            if state["step"] < (state["settings"].get("mask_steps") or 0):
+                raise ValueError(f"--branch {parent}: its mask is not open yet (a later snapshot)")
         args.data = args.data or before.get("data")
         args.context = args.context or before.get("context") or min(config.max_position_embeddings, 1024)
         if args.upcycle:
@@ -300,6 +303,11 @@ def settle(args, given, world):
         if args.stack:
             lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
             module = grow.grow(module, factor=args.stack, seed=args.seed)
+        closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
+        if args.mask_steps and not closed:
+            raise ValueError(f"--mask-steps: {parent} has no mask (grow.py --operator random makes one)")
+        if closed and not args.mask_steps and args.tokens != 0:
+            raise ValueError(f"{parent} has a closed mask, behind which nothing learns (--mask-steps N opens it)")
         if module:
             config = module.config
             for layer in module.model.layers if config.experts else ():
@@ -406,6 +414,8 @@ def main(argv=None):
         device = model.pick_device(args.device)
         if args.fsdp and world == 1:
             raise ValueError("--fsdp shards over ranks, and there is one (start with torchrun --nproc-per-node N)")
+        if args.fsdp and args.mask_steps:
+            raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     if device.type == "cuda":
@@ -432,6 +442,10 @@ def main(argv=None):
     sizes = module.num_parameters()
     flops_per_token = module.flops_per_token(args.context)
     module.to(device)
+    step, mask = state["step"] if args.resume else 0, None
+    if step < (args.mask_steps or 0):
+        mask = grow.Mask(module, lineage[-2 if args.resume else -1], args.mask_steps, draw=not args.resume)
+        mask.open(step)
 
     # the horizon in steps
     tokens = args.tokens
@@ -440,6 +454,8 @@ def main(argv=None):
     elif args.tokens_per_param is not None:
         tokens = args.tokens_per_param * sizes["N_active"]
     steps = max(1, round(tokens / args.batch_tokens)) if tokens else 0
+    if steps and steps < (args.mask_steps or 0):
+        fail(f"--mask-steps {args.mask_steps} is beyond the run's {steps} steps (the mask would never be open)")
     windows = args.batch_tokens // args.context // world  # of this rank in a step
     args.micro_batch = args.micro_batch or default_micro_batch(config, args.context, windows, device)
     accumulate = windows // args.micro_batch
@@ -498,7 +514,7 @@ def main(argv=None):
     if world > 1 and not args.fsdp:
         ids = [device.index] if device.type == "cuda" else None
         parallel = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
-    named = dict(module.named_parameters())
+    named = {grow.plain(n): p for n, p in module.named_parameters()}
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
@@ -565,10 +581,10 @@ def main(argv=None):
         return 0
 
     # the folder
-    step, seconds, samples = 0, 0.0, []
+    seconds, samples = 0.0, []
     if args.resume:
         out = Path(args.out)
-        step, seconds, samples = state["step"], state["seconds"], state["samples"]
+        seconds, samples = state["seconds"], state["samples"]
     elif master:
         free = (path for i in range(1, 10**6) if not (path := Path(f"out/run-{i}")).exists())
         out = Path(args.out) if args.out else next(free)
@@ -598,7 +614,8 @@ def main(argv=None):
 
     def save(folder, finished=False):
         """Everything at this step into `folder`; trainer.pt last: its renaming is the commit."""
-        weights = {n: whole(t) for n, t in module.state_dict().items()}
+        weights = {grow.plain(n): whole(t) for n, t in module.state_dict().items()}
+        shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
         moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in named.items()}
         if not master:
             return
@@ -618,7 +635,7 @@ def main(argv=None):
             "lr": optimizer.param_groups[0]["lr"],
         }  # fmt: skip
         try:
-            model.save(module, folder, tokenizer, weights, step)
+            model.save(module, folder, tokenizer, shown, step)
             model.write_json(folder / "run.json", run)
             with model.replacing(folder / "trainer.pt") as beside:
                 torch.save(kept, beside)
@@ -725,6 +742,8 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if mask:
+            mask.open(step)
         bar.update()
         number = caught_anywhere()
 

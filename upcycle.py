@@ -59,29 +59,20 @@ Try, after `python train.py --tokens 1e6 --out out/dense` (2 minutes; it ends at
 """
 
 import argparse
-import functools
-import json
 import math
-import os
 import re
-import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import model
 import moe
 
 METHODS = ("copy", "noise", "drop")
 SCALES = ("exact", "cube-root", "none")
-SHARD_SIZE = 5e9  # bytes
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-          "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 @dataclass
@@ -238,106 +229,30 @@ def upcycle(module, experts, top_k, each=lambda block: None, **options):
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
-def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=SHARD_SIZE, **options):
+def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=model.SHARD_SIZE, **options):
     """Makes the checkpoint folder dst from the dense one src, a tensor at a time. Returns (Config, dtype, bytes).
 
     source_tokens: what a public source was trained on; shard_size: bytes a file at most (a larger tensor has its own).
     Everything is checked before anything is written, and dst appears only when it is whole. Raises ValueError,
     FileNotFoundError, or OSError if writing fails.
     """
-    src, dst, r = Path(src), Path(dst), Recipe(experts, top_k, **options)
+    src, r = Path(src), Recipe(experts, top_k, **options)
     dense = model.read_config(src)
     config = r.check(dense)
-    if not shard_size >= 1:
-        raise ValueError(f"shard_size is {shard_size} (bytes, such as 5e9)")
-    if os.path.lexists(dst):
-        raise ValueError(f"{dst} exists (another name for the result)")
-    files, stored = inspect(src, dense)
+    found, stored = model.inspect(src, dense)
     tokenizer, lineage = model.read_lineage(src, source_tokens)
     dtype = r.dtype(stored, config.intermediate_size)
-    with torch.device("meta"):
-        module = model.Transformer(config)
-    shards, size, total = [[]], 0, 0
-    for name, t in model.public_tensors(config, module.state_dict()):
-        n = t.numel() * dtype.itemsize
-        if shards[-1] and size + n > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, list(t.shape), n))
-        size, total = size + n, total + n
-    ground = next(p for p in dst.absolute().parents if p.exists())
-    copied = sorted({p for pattern in COPIED for p in src.glob(pattern) if p.is_file()})
-    need, free = total + sum(p.stat().st_size for p in copied) + 2**20, shutil.disk_usage(ground).free
-    if need > free:
-        raise ValueError(f"{dst} needs {need / 1e9:.2f} GB, and {ground} has {free / 1e9:.2f} GB (make room)")
 
     def read(name):
-        with model.opened(files[name]) as f:
-            return f.get_tensor(name).to(dtype)
+        return next(model.read_tensors({name: found[name]}))[1].to(dtype)
 
-    stream = (piece for n in module.state_dict() if not spare(n, config) for piece in pieces(n, read, r))
-    several = len(shards) > 1
-    partial, index = dst.with_name(f"{dst.name}.partial-{os.getpid()}"), {}
-    partial.mkdir(parents=True)
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            for i, shard in enumerate(shards):
-                file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if several else "model.safetensors"
-                index |= dict.fromkeys((name for name, _, _ in shard), file)
-                write_shard(partial / file, shard, dtype, stream, bar)
-        for path in copied:
-            shutil.copyfile(path, partial / path.name)
-        lineage = [*lineage, lineage_step(experts, top_k, **options)]
-        run = {"tokenizer": tokenizer, **module.num_parameters(), "lineage": lineage}
-        model.finish_folder(partial, dst, config, dtype, run, index, total)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return config, dtype, total
-
-
-def write_shard(path, shard, dtype, stream, bar):
-    """A safetensors file, without ever holding it: the length of the header, the header, then each tensor's bytes."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    label = {t: name for name, t in DTYPES.items()}[dtype]
-    for name, shape, n in shard:
-        header[name] = {"dtype": label, "shape": shape, "data_offsets": [at, at + n]}
-        at += n
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for name, shape, n in shard:
-            t = next(stream).to(dtype).contiguous()
-            assert list(t.shape) == shape, name
-            f.write(t.view(torch.uint8).numpy())
-            bar.update(n)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def inspect(src, config):
-    """({tensor name: its file}, widest dtype) of a dense folder, from the files' headers. Raises as model.load does."""
-    files, found = model.tensor_files(src), {}
-    for name, path in files.items():
-        with model.opened(path) as f:
-            found[name] = f.get_slice(name)
     with torch.device("meta"):
-        state = model.Transformer(config).state_dict()
-    expected = {name: list(t.shape) for name, t in model.public_tensors(config, state)}
-    shapes = {name: part.get_shape() for name, part in found.items() if name in expected or not spare(name, config)}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            has, asked = shapes.get(name, "nothing"), expected.get(name, "nothing")
-            raise ValueError(f"{src}: its files hold {has} as {name}, config.json asks for {asked} (they must agree)")
-    kinds = {found[name].get_dtype() for name in expected}
-    if kinds - DTYPES.keys():
-        raise ValueError(f"{src}: weights stored as {min(kinds - DTYPES.keys())} ({', '.join(DTYPES)})")
-    return files, functools.reduce(torch.promote_types, (DTYPES[kind] for kind in kinds))
-
-
-def spare(name, config):
-    """A tensor that some public folders hold and nobody needs."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+        names = model.Transformer(config).state_dict()
+    if config.tie_word_embeddings:
+        del names["lm_head.weight"]
+    stream = (piece for name in names for piece in pieces(name, read, r))
+    run = {"tokenizer": tokenizer, "lineage": [*lineage, lineage_step(experts, top_k, **options)]}
+    return config, dtype, model.write_folder(src, dst, config, dtype, stream, run, shard_size)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -357,7 +272,7 @@ def main(argv=None):
     add("src", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral or Qwen3 one")
     add("dst", metavar="DST", help="folder to make; it must not exist")
     add("--source-tokens", type=float, help="tokens a public SRC was trained on, such as 2e12 (default: unknown)")
-    add("--shard-size", type=float, help=f"bytes of a weights file at most (default: {SHARD_SIZE:g})")
+    add("--shard-size", type=float, help=f"bytes of a weights file at most (default: {model.SHARD_SIZE:g})")
     add = parser.add_argument_group("mixture").add_argument
     add("--experts", type=int, required=True, help="full-width experts a layer, E")
     add("--top-k", type=int, required=True, help="full-width experts a token, K")

@@ -3,13 +3,17 @@
 import importlib
 import json
 import os
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import data
 import grow
+import laws
 import model
+import train as train_py
 from model import Config, Transformer
 
 SMALL = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -32,6 +36,9 @@ EXACT = {
     "width-direct, three copies": dict(axis="width", operator="direct", factor=3),
     "width-zero": dict(axis="width", operator="zero", factor=2),
     "width-zero, three times": dict(axis="width", operator="zero", factor=3),
+    "depth-random": dict(axis="depth", operator="random", factor=2),
+    "width-random": dict(axis="width", operator="random", factor=2),
+    "width-random, three times": dict(axis="width", operator="random", factor=3),
 }
 ALL = {**EXACT, "depth-direct": dict(axis="depth", operator="direct", factor=2),
        "depth-direct, a list": dict(axis="depth", operator="direct", layers=[0, 1, 1, 2, 0])}  # fmt: skip
@@ -72,7 +79,7 @@ def hub():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("how", EXACT)
-def test_zero_and_width_direct_keep_the_logits(how, name, dtype, tolerance):
+def test_zero_random_and_width_direct_keep_the_logits(how, name, dtype, tolerance):
     small = make(name, dtype)
     before = {n: t.clone() for n, t in small.state_dict().items()}
     big = grow.grow(small, **EXACT[how])
@@ -176,6 +183,144 @@ def test_with_one_share_for_all_copies_would_stay_copies(monkeypatch):
     assert difference_of_copies(big) < 0.01
 
 
+# ---- random: the mask -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis, factor", [("depth", 2), ("width", 2), ("width", 3)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_mask_opens_on_the_same_raw_weights_and_folds_in_without_a_jump(name, axis, factor):
+    small = make(name, torch.float64)
+    how = dict(axis=axis, operator="random", factor=factor)
+    big, step = grow.grow(small, **how), grow.lineage_step(small.config, **how)
+    parameters, names = {id(p) for p in big.parameters()}, big.state_dict().keys()
+    mask = grow.Mask(big, step, steps=4)
+    mask.open(0)
+    assert (logits(big) - logits(small)).abs().max() < 1e-10
+    mask.open(3)
+    assert (logits(big) - logits(small)).abs().max() > 0.1
+    stored = Transformer(big.config).double().eval()
+    stored.load_state_dict(mask.effective())
+    assert torch.equal(logits(stored), logits(big))
+    mask.share.fill_(1)
+    unfolded = logits(big)
+    mask.open(4)
+    assert (logits(big) - unfolded).abs().max() < 1e-10 and big.state_dict().keys() == names
+    assert {id(p) for p in big.parameters()} == parameters  # the optimizer still knows them
+    again = grow.grow(small, **how)
+    grow.Mask(again, step, steps=4).open(4)
+    assert equal(big, again)
+
+
+def test_the_open_mask_leaves_random_entries_of_the_size_of_the_old_ones():
+    small, how = make("qwen3"), dict(axis="width", operator="random", factor=2)
+    big = grow.grow(small, **how)
+    grow.Mask(big, grow.lineage_step(small.config, **how), steps=1).open(1)
+    q, gain = big.model.layers[1].self_attn.q_proj.weight, big.model.layers[1].input_layernorm.weight
+    old = small.model.layers[1].self_attn.q_proj.weight / 2**0.5  # QK-norm: the scale for its epsilon stays
+    assert torch.allclose(q[:32, :24], old)
+    for block in (q[:32, 24:], q[32:, :24], q[32:, 24:]):
+        assert 0.8 < block.std() / old.std() < 1.25
+    assert torch.allclose(gain[:24], small.model.layers[1].input_layernorm.weight) and (gain[24:] == 1).all()
+
+
+def test_half_open_norms_are_those_of_the_open_dimensions():
+    """On a residual stream whose new dimensions are 0: gain sqrt(open / D), open = d + (D - d) / 2."""
+    small, how = make(), dict(axis="width", operator="random", factor=2)
+    big = grow.grow(small, **how)
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), steps=2)
+    mask.open(1)
+    gain = mask.effective()["model.norm.weight"]
+    assert torch.allclose(gain[:24], small.model.norm.weight * (36 / 48) ** 0.5)
+
+
+def test_what_lies_behind_the_mask_learns_as_it_opens():
+    small, how = make("qwen3, grouped queries, tied"), dict(axis="width", operator="random", factor=2)
+    big = grow.grow(small, **how)
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), steps=5)
+    mask.open(1)
+    before = {n: p.clone() for n, p in big.named_parameters()}
+    train(big, 2)
+    assert all(not torch.equal(p, before[n]) for n, p in big.named_parameters())
+
+
+# ---- learn ----------------------------------------------------------------------------------------------------------
+
+
+def batches(steps):
+    for i in range(steps):
+        ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(i))
+        ids[:, 1::2] = (ids[:, ::2] * 5 + 1) % 97  # something to learn
+        yield ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("axis", ["depth", "width"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_learned_maps_lower_the_loss(name, axis):
+    small = make(name)
+    before = {n: t.clone() for n, t in small.state_dict().items()}
+    first, last = (grow.learn(small, batches(n), axis, 2) for n in (0, 20))
+    x, y = next(batches(1))
+    with torch.no_grad():
+        assert last(x, y)[1] < first(x, y)[1] - 0.03
+    big = grow.grow(small, axis, "direct", 2)
+    assert last.config == big.config and last.state_dict().keys() == big.state_dict().keys()
+    assert (last.lm_head.weight is last.model.embed_tokens.weight) == small.config.tie_word_embeddings
+    assert all(torch.equal(t, before[n]) for n, t in small.state_dict().items())
+    train(last, 1)
+    assert all(torch.equal(t, before[n]) for n, t in small.state_dict().items())  # nothing is shared
+
+
+def test_depth_starts_as_the_stack_and_a_layer_is_a_sum_of_old_ones(monkeypatch):
+    monkeypatch.setattr(model, "normal", lambda shape, *_: torch.zeros(shape))
+    small = make("mixtral")
+    assert equal(grow.learn(small, [], "depth", 2), grow.grow(small, factor=2))
+
+
+def test_width_is_tied_as_in_the_paper():
+    """With any maps B: W' = B_out W B_in^T, the same B for all that the residual stream touches, and o_proj reads by the
+    map of v_proj, head by head."""
+    small = make("llama, grouped queries, tied")
+    big = grow.learn(small, batches(3), "width", 2)
+    old, new = small.state_dict(), big.state_dict()
+    B = torch.linalg.lstsq(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"]).solution.T  # E' = E B^T
+    first = "model.layers.1."
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        assert torch.allclose(new[first + norm], B @ old[first + norm], atol=1e-4)
+    q, v, o = (f"{first}self_attn.{m}_proj.weight" for m in "qvo")
+    Bq = (torch.linalg.pinv((old[q] @ B.T).T) @ new[q].T).T.reshape(8, 8, 4, 8)  # one solution of Bq (W B^T) = W'
+    assert torch.allclose(Bq.reshape(64, 32) @ old[q] @ B.T, new[q], atol=1e-4)
+    Bv = (new[v] @ torch.linalg.pinv(old[v] @ B.T)).reshape(4, 8, 2, 8)
+    share = Bv[:, 0, :, 0]  # (new key-value heads, old ones): the same for each dimension of a head
+    assert torch.allclose(torch.kron(share, torch.eye(8)) @ old[v] @ B.T, new[v], atol=1e-3)
+    read = torch.kron(share, torch.eye(16))  # two query heads a group, 8 dimensions a head
+    assert torch.allclose(B @ old[o] @ read.T, new[o], atol=1e-3)
+
+
+def test_learn_on_a_folder_counts_what_it_read_and_spent(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("The five boxing wizards jump quickly. " * 800)
+    shape = ["--hidden-size", "32", "--num-hidden-layers", "2", "--context", "32", "--batch-tokens", "256"]
+    assert train_py.main([*shape, "--data", "a.txt", "--tokens", "7680", "--out", "small"]) == 0
+    capsys.readouterr()
+    grow.main("small big --axis depth --operator learn --factor 2 --steps 8 --batch-tokens 256".split())
+    out = capsys.readouterr().out
+    was, began, ended = (float(n) for n in re.findall(r"(\d\.\d+) (?:the small|grown|after)", out))
+    assert ended < began and was < began
+    step = model.read_json("big/run.json")["lineage"][-1]
+    assert step["tokens"] == step["data"]["a"]["tokens"] == 2048
+    assert step["flops"] == 2048 * model.load("big").flops_per_token(32)
+    assert train_py.main("--init big --tokens 512 --batch-tokens 256 --out child".split()) == 0
+    _, sequence, read, _ = data.position(model.read_json("child/run.json")["lineage"], *parts("a.txt"))
+    assert sequence == read["a"] == (7680 + 2048 + 512) // 32  # no window twice
+    run = laws.read_run("child")
+    assert run["D"] == 7680 + 2048 + 512 and run["flops_total"] > run["flops"] + step["flops"]
+
+
+def parts(spec):
+    tokenizer = data.load_tokenizer("bytes")
+    return data.prepare(spec, tokenizer, context=32), 32, tokenizer.key
+
+
 # ---- the list of layers ---------------------------------------------------------------------------------------------
 
 
@@ -232,7 +377,7 @@ def test_folder_and_module_in_memory_get_the_same_weights(how, name, tmp_path):
 def test_what_is_larger_than_a_shard_is_written_in_shards(tmp_path):
     model.save(make(), tmp_path / "small")
     for name, shard in (("a", 20_000), ("b", 10**9)):
-        grow.grow_folder(tmp_path / "small", tmp_path / name, **settings(axis="width"), shard=shard)
+        grow.grow_folder(tmp_path / "small", tmp_path / name, **settings(axis="width"), shard_size=shard)
     files = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
     assert len(files) > 10 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert max(p.stat().st_size for p in (tmp_path / "a").glob("*.safetensors")) < 25_000
@@ -258,7 +403,7 @@ def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path):
     torch.manual_seed(1)
     small = transformers.AutoModelForCausalLM.from_config(config).eval()
     small.save_pretrained(tmp_path / "small", max_shard_size="40KB")
-    grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(**ALL[how]), shard=50_000)
+    grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(**ALL[how]), shard_size=50_000)
     big = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "big", dtype=torch.float32).eval()
     with torch.no_grad():
         assert (big(IDS).logits - logits(model.load(tmp_path / "big"))).abs().max() < 1e-5
@@ -347,14 +492,17 @@ BAD = {
     "layers of width": (dict(axis="width", factor=None, layers="0-2,0-2"), "layers are for depth"),
     "both": (dict(layers="0-2,0-2"), "not allowed with argument"),
     "neither": (dict(factor=None), "one of the arguments --factor --layers is required"),
-    "no such operator": (dict(operator="random"), "invalid choice: 'random'"),
+    "no such operator": (dict(operator="magic"), "invalid choice: 'magic'"),
+    "text for stacking": (dict(data="python"), "--data has no use with operator direct"),
+    "no steps": (dict(operator="learn", steps="0"), "0 is not a count"),
+    "no such text": (dict(operator="learn", data="nowhere.txt"), "nowhere.txt"),
     "no such axis": (dict(axis="height"), "invalid choice: 'height'"),
     "destination exists": (dict(target="small"), "exists (another name"),
     "no source": (dict(source="nothing"), "nothing is not a folder"),
     "another architecture": (dict(source="gpt2"), "model_type 'gpt2' is not supported"),
     "a tensor too many": (dict(source="extra"), "has, beyond its configuration, the tensor surplus"),
     "a tensor too few": (dict(source="lacking"), "lacks the tensor model.norm.weight"),
-    "another shape": (dict(source="shape"), "model.norm.weight is F32 (23,)"),
+    "another shape": (dict(source="shape"), "model.norm.weight is F32 of shape (23,)"),
     "integers": (dict(source="integers"), "model.norm.weight is I64"),
     "half a file": (dict(source="torn"), "not a whole safetensors file"),
     "killed while saving": (dict(source="killed"), "first: python train.py --resume"),
@@ -405,7 +553,7 @@ def test_bad_input_is_one_line_and_changes_nothing(case, sources, monkeypatch, c
 
 def test_a_disk_without_room_is_refused_before_any_work(tmp_path, monkeypatch):
     model.save(make(), tmp_path / "small")
-    monkeypatch.setattr(grow.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match="make room"):
         grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings())
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
@@ -413,7 +561,7 @@ def test_a_disk_without_room_is_refused_before_any_work(tmp_path, monkeypatch):
 
 def test_an_interrupted_growth_leaves_nothing(tmp_path, monkeypatch):
     model.save(make(), tmp_path / "small")
-    monkeypatch.setattr(grow.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(model.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     (tmp_path / "small/tokenizer.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt):
         grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings())
@@ -425,4 +573,3 @@ def test_help_opens_with_the_commands_and_every_flag_has_help(capsys):
         grow.main(["--help"])
     out = capsys.readouterr().out
     assert out.index("python grow.py SRC DST --axis depth") < out.index("--seed SEED") and "laws.py optimal" in out
-    assert "learn" not in out and "random" not in out.replace("random numbers", "")  # not here yet: not offered

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import grow
 import model
 import train
 
@@ -159,6 +160,38 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(here, texts):
     model.load("full")
     run(texts, "--resume", "--out", "full")
     assert table("full/eval.csv")[-1]["step"] == "20"
+
+
+@pytest.mark.parametrize("axis", ["depth", "width"])
+def test_a_mask_opens_from_the_small_models_loss_and_resumes_inside(here, texts, axis, capsys):
+    run(texts, "--tokens", 256 * 20, "--out", "small")
+    grow.main(["small", "grown", "--axis", axis, "--operator", "random", "--factor", "2"])
+    assert "--mask-steps" in error_of(["--init", "grown"], capsys)
+    child = ["--init", "grown", "--mask-steps", 50, "--tokens", 256 * 60, "--batch-tokens", 256, "--log-every", 1]
+    child += ["--dtype", "float32", "--micro-batch", 4, "--eval-every", 30, "--save-at", 256 * 30]
+    run(texts, *child, "--out", "calm")
+    small, *_ = [float(row["a_loss"]) for row in table("small/eval.csv")][::-1]
+    start, half, end = (float(row["a_loss"]) for row in table("calm/eval.csv"))
+    assert abs(start - small) < 1e-5 and end < start
+    losses = [float(row["loss"]) for row in table("calm/log.csv")]
+    assert abs(losses[50] - losses[49]) < 0.5  # the mask folds in between
+    assert "mask is not open" in error_of(["--branch", "calm/step-30"], capsys)
+    run(texts, "--init", "calm/step-30", "--tokens", 0)
+    assert f"{half:.4f}" in capsys.readouterr().out  # the snapshot holds what the model computed with
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, child), "--out", "killed",
+                                "--save-every", "1"], env=ENV, stdout=subprocess.DEVNULL)  # fmt: skip
+    while not Path("killed/trainer.pt").exists() or train.read_trainer("killed")["step"] < 5:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 5 <= train.read_trainer("killed")["step"] < 50
+    run(texts, "--resume", "--out", "killed")
+    assert_same_run("calm", "killed")
+    if axis == "width":
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, child), "--out", "two"], **CAPTURE)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert np.abs(np.array(losses) - [float(row["loss"]) for row in table("two/log.csv")]).max() < 1e-4
 
 
 # ---- many processes -------------------------------------------------------------------------------------------------
@@ -462,6 +495,8 @@ BAD = {
     "upcycling of a mixture": ("--init moe --upcycle 8x2", "dense"),
     "more experts a token than there are": ("--init done --upcycle 2x4", "4"),
     "stacking of nothing": ("--stack 2", "--init"),
+    "mask of nothing": ("--mask-steps 5", "--init"),
+    "mask where there is none": ("--init done --mask-steps 5", "done has no mask"),
     "stacking once": ("--init done --stack 1", "1"),
     "data with branch": ("--branch done --data python", "--data"),
     "branch of no run": ("--branch shape", "trainer.pt"),

@@ -1,0 +1,81 @@
+"""What the table experiments share: runs of one setting for several budgets, each with a decay, and paired cells.
+
+Setting: 3 layers of 64, bytes of Python, 2,048 tokens a step, rate 3e-3, one thread. A ladder is one trunk at a
+constant rate with a branch for each budget, whose last quarter decays: the losses that separate runs would have, for
+less. A run that is whole is not run again, so a second call goes on, and the tables share the dense trunk.
+"""
+
+import csv
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STEP = 2048  # tokens
+SETTING = ("--batch-tokens", str(STEP), "--eval-every", "1000000", "--save-every", "1000000")
+SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3")
+M = 1_000_000
+
+
+def train(out, *flags):
+    """(validation loss, FLOPs) of the run in `out`, run now if it is not there."""
+    if not (out / "loss.png").exists():  # the last file of a run
+        command = [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out), "--overwrite"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    last = list(csv.DictReader(open(out / "eval.csv")))[-1]
+    return float(last["python_loss"]), float(last["flops"])
+
+
+def ladder(out, budgets, *flags):
+    """[(tokens, loss, FLOPs)] of the setting `flags` for each budget in tokens; the FLOPs are those of these runs."""
+    stops = [round(tokens * 0.75 / STEP) for tokens in budgets]
+    at = ",".join(str(stop * STEP) for stop in stops)
+    trunk = ["--tokens", stops[-1] * STEP, "--schedule", "constant", "--save-at", at]
+    _, flops = train(out / "trunk", *SETTING, *flags, "--warmup", 16, *trunk)
+    points = []
+    for tokens, stop in zip(budgets, stops):
+        branch = ["--branch", out / f"trunk/step-{stop}", "--tokens", tokens - stop * STEP]
+        loss, more = train(out / f"to-{tokens}", *SETTING[2:], *branch)
+        points.append((tokens, loss, flops * stop / stops[-1] + more))
+    return points
+
+
+def dense(out, seed, *flags):
+    """The dense ladder that all tables start from; its trunk holds snapshots at 1.5, 3 and 6 million tokens."""
+    return ladder(out / f"dense-{seed}", (2 * M, 4 * M, 8 * M), *SHAPE, "--seed", seed, *flags)
+
+
+def at(points, flops):
+    """The loss of a ladder at so many FLOPs, between two of its points linearly in log FLOPs; nan outside."""
+    for (_, la, a), (_, lb, b) in zip(points, points[1:]):
+        if a * 0.999 <= flops <= b * 1.001:
+            return la + (lb - la) * math.log(flops / a) / math.log(b / a)
+    return points[0][1] if len(points) == 1 and abs(flops / points[0][2] - 1) < 1e-3 else math.nan
+
+
+def cell(values, sign="+"):
+    if any(math.isnan(v) for v in values):
+        return "outside"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.3f}{spread}"
+
+
+def write(path, rows, seeds):
+    """Adds rows (dicts with a seed) to a CSV, in the place of earlier rows of these seeds."""
+    known = [r for r in csv.DictReader(open(path)) if int(r["seed"]) not in seeds] if path.exists() else []
+    rows = sorted([*known, *rows], key=lambda r: (r["model"], int(r["seed"]), int(r["tokens"])))
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path):
+    """({(model, seed): [(tokens, loss, FLOPs)]}, seeds) of such a CSV."""
+    curves = {}
+    for r in csv.DictReader(open(path)):
+        curves.setdefault((r["model"], r["seed"]), []).append((int(r["tokens"]), float(r["loss"]), float(r["flops"])))
+    return curves, sorted({seed for _, seed in curves})
