@@ -644,6 +644,11 @@ def read_csv(path):
     return [dict(itertools.zip_longest(header, r, fillvalue="")) for r in rows]
 
 
+def named(rows, i):
+    """A row as an error calls it: its number and, in a table of laws.py, its run."""
+    return f"row {i + 1}" + (f" ({rows[i]['run']})" if rows[i].get("run") else "")
+
+
 def column(path, rows, name, least=1e-60):
     """The numbers of one column (n), or its text if `least` is None. ValueError names the nearest column or the row."""
     if not rows or name not in rows[0]:
@@ -655,7 +660,7 @@ def column(path, rows, name, least=1e-60):
             values[i] = number(cell, least)
         except DAMAGE:
             remedy = "a finite number above 0" if cell else "unknown: leave the row out"
-            raise ValueError(f"{path}, row {i + 1}, column {name}: {cell!r} ({remedy})") from None
+            raise ValueError(f"{path}, {named(rows, i)}, column {name}: {cell!r} ({remedy})") from None
     return np.array(values)
 
 
@@ -663,10 +668,10 @@ def read_table(path, form, target="L", blocks=None):
     """A run table's columns as {name: array (n)}, and its block labels. ValueError names row, column and remedy."""
     rows, seen = read_csv(path), {}
     table = {name: column(path, rows, name) for name in [*columns(form), target]}
-    for i, run in enumerate(zip(*table.values()), 1):
-        if run in seen:
-            raise ValueError(f"{path}: row {i} repeats row {seen[run]} in {', '.join(table)} (leave one out)")
-        seen[run] = i
+    for i, run in enumerate(zip(*table.values())):
+        if (first := seen.setdefault(run, i)) < i:
+            pair = f"{named(rows, i)} repeats {named(rows, first)}"
+            raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
     return table, column(path, rows, blocks, least=None) if blocks else None
 
 

@@ -568,6 +568,15 @@ def test_bad_tables_are_refused_with_row_and_column_and_left_alone(tmp_path, cap
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["runs.csv"]
 
 
+def test_a_refused_row_of_a_table_is_called_by_its_run(tmp_path, capsys):
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), run=[f"out/{i}" for i in range(60)])
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[5].replace("out/4", "out/again") + "\n")
+    assert "row 61 (out/again) repeats row 5 (out/4) in N, D, L" in refused(capsys, "fit", "chinchilla", path)
+    path.write_text(spoil(text, 3, "", "1e9,,3,out/2"))
+    assert "row 3 (out/2), column D" in refused(capsys, "fit", "chinchilla", path)
+
+
 def test_a_table_from_a_spreadsheet_is_read(tmp_path, capsys):
     """A byte order mark, Windows line ends, blank lines and foreign columns do no harm."""
     path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), note=["a, b"] * 60)
