@@ -672,6 +672,12 @@ def read_table(path, form, target="L", blocks=None):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
+    kinds = {}  # experts and experts a token: first row
+    for i, r in enumerate(rows):
+        kinds.setdefault((r.get("E"), r.get("K")), i)
+    if len(kinds) > 1 and not {"E", "K"} & {*columns(form)}:
+        each = "; ".join(f"{named(rows, i)}: E {E or 'none'}, K {K or 'none'}" for (E, K), i in kinds.items())
+        raise ValueError(f"{path} mixes kinds of models, {each} (one law, one kind: leave rows out)")
     return table, column(path, rows, blocks, least=None) if blocks else None
 
 
@@ -679,6 +685,20 @@ def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
     values = [s.get(what) for s in steps if s["step"] in ("train", "source")]
     return None if None in values else sum(number(v, least=0) for v in values)
+
+
+def share_done(last, N_active):
+    """How much of a training is done, 0 to 1, by its settings; 1 if they do not say.
+
+    At a constant rate it is 1, too: there the loss at any step is that of a shorter run. Elsewhere the rate has not
+    come down yet, and the loss is higher than that of a run planned for so many tokens.
+    """
+    settings, tokens = last.get("settings") or {}, last["tokens"]
+    spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
+    shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
+    if not shares or settings.get("schedule") == "constant":
+        return 1.0
+    return min(1.0, shares[0] * (1 + settings["batch_tokens"] / 2 / max(tokens, 1)))  # runs end at a whole step
 
 
 def read_run(folder, corpus=None, smooth=1):
@@ -713,6 +733,7 @@ def read_run(folder, corpus=None, smooth=1):
             "run": str(folder), "corpus": corpus, "L": float(np.mean(L[-smooth:])), **counts, "E": E, "K": K, "G": G,
             "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
             "flops_total": total(lineage, "flops"), "lineage": about["lineage"], "config": config,
+            "done": share_done(lineage[-1], counts["N_active"]),
             "curve": [(None if C is None else C + c, loss) for c, loss in zip(flops, L)],
         }
     except DAMAGE as wrong:
@@ -947,8 +968,11 @@ def run_table(args):
     folders = find_runs(args.runs)
     skipped = [f"{f} has no eval.csv" for f in folders if not (f / "eval.csv").is_file()]  # e.g. upcycled, not trained
     runs = [read_run(f, args.corpus, args.smooth) for f in folders if (f / "eval.csv").is_file()]
+    skipped += [f"{r['run']} is left out: {100 * r['done']:.3g} % of its run" for r in runs if r["done"] < 1]
+    runs = [run for run in runs if run["done"] == 1]
     if not runs:
-        raise FileNotFoundError(f"no run below {' '.join(args.runs)} (a run has run.json and eval.csv)")
+        why = "; ".join(skipped) or "a run has run.json and eval.csv"
+        raise FileNotFoundError(f"no finished run below {' '.join(args.runs)} ({why})")
     runs = merge_seeds(runs) if args.seeds else runs
     names = "run L N N_active N_total E K G D D1 D2 seed flops flops_total corpus".split()
     names += ["L_sd", "runs"] if args.seeds else []

@@ -336,11 +336,11 @@ def test_a_law_of_ones_own_is_one_function_and_one_line(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- run folders
 
 
-def make_run(folder, lineage, losses, flops=1e15, tokens=1e8, seed=1, corpus="python", config=None, **counts):
+def make_run(folder, lineage, losses, flops=1e15, tokens=1e8, seed=1, corpus="python", config=None, plan=(), **counts):
     """A run folder by hand: `lineage` before this run, then a training of `tokens` with one evaluation a loss."""
     folder.mkdir(parents=True)
     data = {corpus: {"weight": 0.9, "tokens": tokens * 0.9}, "other": {"weight": 0.1, "tokens": tokens * 0.1}}
-    settings = {"lr": 0.003, "out": str(folder)}
+    settings = {"lr": 0.003, "out": str(folder), **dict(plan)}
     train = {"step": "train", "tokens": tokens, "flops": flops, "seed": seed, "data": data, "settings": settings}
     about = {"N": 100, "N_active": 100, "N_total": 100, "embeddings": 10, "lineage": [*lineage, train]} | counts
     (folder / "run.json").write_text(json.dumps(about))
@@ -755,7 +755,33 @@ def test_a_folder_that_no_training_has_touched_is_skipped_and_named(tmp_path, ca
     assert len(answer["runs"]) == 1 and answer["skipped"] == [f"{tmp_path}/upcycled has no eval.csv"]
     for missing in (tmp_path / "upcycled", tmp_path / "nothing"):
         assert refused(capsys, "compare", tmp_path / "run", missing)
-    assert "no run below" in refused(capsys, "table", tmp_path / "upcycled")
+    line = refused(capsys, "table", tmp_path / "upcycled")
+    assert "no finished run below" in line and "upcycled has no eval.csv" in line
+
+
+@pytest.mark.parametrize("horizon", [{"tokens": 9.3e6}, {"flops": 9.3e15}, {"tokens_per_param": 9.3e4}])
+def test_an_interrupted_run_is_left_out_of_the_table_and_named(tmp_path, capsys, horizon):
+    """Steps of 1e6 tokens and a horizon of 9.3e6: nine steps."""
+    plan = {"tokens": None, "flops": None, "tokens_per_param": None, "batch_tokens": 10**6} | horizon
+    make_run(tmp_path / "whole", [], [5, 3], tokens=9e6, flops=9e15, plan=plan | {"schedule": "wsd"})
+    make_run(tmp_path / "whole/step-8", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "wsd"})
+    make_run(tmp_path / "begun", [], [5, 5], tokens=0, flops=0, plan=plan | {"schedule": "cosine"})
+    make_run(tmp_path / "flat", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "constant"})
+    laws.main(["table", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert {Path(r["run"]).name for r in rows_of(printed.out)} == {"whole", "flat"}
+    for left_out in ("begun is left out: 0 %", "step-8 is left out: 91.4 %"):
+        assert left_out in printed.err
+    assert "begun is left out" in refused(capsys, "table", tmp_path / "begun")
+
+
+def test_fit_refuses_a_table_of_dense_models_and_mixtures(tmp_path, capsys):
+    for i, config in enumerate([None] * 3 + [MOE] * 2):
+        make_run(tmp_path / f"out/{i}", [], [5, 4 - i / 10], tokens=(i + 1) * 1e8, config=config)
+    laws.main(["table", str(tmp_path / "out")])
+    (tmp_path / "runs.csv").write_text(capsys.readouterr().out)
+    line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
+    assert "row 1 (" in line and "out/0): E none, K none; row 4 (" in line and "out/3): E 8.0, K 2.0" in line
 
 
 def test_a_reader_that_leaves_early_ends_it_quietly():
