@@ -751,7 +751,8 @@ def find_runs(folders):
 
 
 def merge_seeds(runs):
-    """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves"."""
+    """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves".
+    ValueError if two of them have the seeds in common, too: nothing about chance is learnt from the same run twice."""
 
     def bare(x):  # a lineage without its seeds and names of folders
         if isinstance(x, list):
@@ -764,6 +765,11 @@ def merge_seeds(runs):
         key = [bare(run["lineage"]), bare(run["config"]), run["corpus"], run["N_total"], run["D"], len(run["curve"])]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     for group in groups.values():
+        seen = {}
+        for run in group:
+            first = seen.setdefault(str([step.get("seed") for step in run["lineage"]]), run)
+            if first is not run:
+                raise ValueError(f"{first['run']} and {run['run']} have the same seed {run['seed']} (leave one out)")
         curves, losses = [run["curve"] for run in group], [run["L"] for run in group]
         merged.append({**group[0], "L": float(np.mean(losses)), "runs": len(group), "curves": curves,
                        "L_sd": float(np.std(losses, ddof=1)) if len(group) > 1 else None,
@@ -786,8 +792,9 @@ def compare(runs, target=None):
     """The first run against each other one: target_loss, flops_baseline, flops_run and the stacking paper's speedup.
 
     The target is the higher of the two best losses unless given, so that both reach it. The speed-up is C_scratch /
-    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. ValueError if FLOPs are unknown or
-    the losses are those of different texts.
+    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. A run and its own ancestor meet where
+    the later one begins, whatever it is worth: their pair is marked "ancestor" (compare with a run from scratch).
+    ValueError if FLOPs are unknown or the losses are those of different texts.
     """
     first, pairs = runs[0], []
     for run in runs:
@@ -799,8 +806,10 @@ def compare(runs, target=None):
     for run in runs[1:]:
         goal = target or max(min(loss for _, loss in r["curve"]) for r in (first, run))
         scratch, grown = flops_to_reach(first, goal), flops_to_reach(run, goal)
+        short, long = sorted((first["lineage"], run["lineage"]), key=len)
         pairs.append({"baseline": first["run"], "run": run["run"], "target_loss": goal,
-                      "flops_baseline": scratch, "flops_run": grown, "speedup": scratch / grown - 1})
+                      "flops_baseline": scratch, "flops_run": grown, "speedup": scratch / grown - 1,
+                      "ancestor": len(short) < len(long) and short == long[: len(short)]})
     return pairs
 
 
@@ -942,16 +951,16 @@ def drawing(path):
 
 
 def show(rows):
-    """Rows of cells, the first the heading, in aligned columns. A pair of numbers is an interval."""
+    """Rows of cells, the first the heading, in aligned columns without the empty ones. A pair of numbers: an interval."""
 
     def text(cell):
         if isinstance(cell, list):
             return "{:.4g} to {:.4g}".format(*cell)
         return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
-    rows = [list(map(text, r)) for r in rows]
-    for r in rows:
-        print("  ".join(cell.ljust(max(len(other[i]) for other in rows)) for i, cell in enumerate(r)).rstrip())
+    shown = [c for c in zip(*[map(text, r) for r in rows]) if any(c[1:])]  # columns
+    for cells in zip(*[[cell.ljust(max(map(len, column))) for cell in column] for column in shown]):
+        print("  ".join(cells).rstrip())
 
 
 def warn(model, factors, name=""):
@@ -1106,6 +1115,10 @@ def run_compare(args):
     show([["run", "target loss", "FLOPs baseline", "FLOPs run", "speed-up"]] + [
         [p["run"], p["target_loss"], p["flops_baseline"], p["flops_run"], f"{100 * p['speedup']:+.1f} %"]
         for p in pairs])
+    for p in pairs:
+        if p["ancestor"]:
+            print(f"! of {p['baseline']} and {p['run']} one goes on from the other: they meet where it begins, "
+                  "and that is no speed-up (give a run from scratch)")
 
 
 def main(argv=None):

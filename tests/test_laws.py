@@ -415,6 +415,18 @@ def test_table_puts_seeds_together_but_not_other_settings(tmp_path, capsys):
     assert one["runs"] == "1" and one["L_sd"] == ""
 
 
+def test_the_same_seed_twice_is_no_second_seed(tmp_path, capsys):
+    make_run(tmp_path / "a", [], [5, 3.0])
+    make_run(tmp_path / "b", [], [5, 3.1])
+    for command in ("table", "compare"):
+        line = refused(capsys, command, tmp_path / "a", tmp_path / "b", "--seeds")
+        assert f"{tmp_path}/a and {tmp_path}/b have the same seed 1" in line
+    for seed in (1, 2):  # children of two seeds, with a seed of their own that is the same
+        make_run(tmp_path / f"child{seed}", [{"step": "train", "tokens": 1, "flops": 1, "seed": seed}], [3, 2])
+    answer = said(capsys, "table", tmp_path / "child1", tmp_path / "child2", "--seeds", "--json")
+    assert answer["runs"][0]["runs"] == 2
+
+
 def test_table_smooths_and_picks_the_corpus_as_asked(tmp_path, capsys):
     make_run(tmp_path / "run", [], [5, 4, 3, 2])
     for flags, L in (([], 2), (["--smooth", "2"], 2.5), (["--corpus", "other"], 9)):
@@ -431,6 +443,19 @@ def test_compare_charges_the_ancestors(tmp_path, capsys):
     assert answer["target_loss"] == 3 and answer["speedup"] == pytest.approx(2e15 / (9e14 + 1e14) - 1)
     halfway = said(capsys, "compare", tmp_path / "scratch", tmp_path / "stacked", "--target", "4", "--json")
     assert halfway["flops_baseline"] == pytest.approx(1e15)
+
+
+def test_compare_of_a_run_with_its_ancestor_says_that_it_is_no_speedup(tmp_path, capsys):
+    base = make_run(tmp_path / "base", [], [5, 4], flops=1e15)
+    make_run(tmp_path / "child", [base], [4, 3], flops=1e15)
+    make_run(tmp_path / "scratch", [], [5, 4, 3], flops=3e15)
+    for pair in (("base", "child"), ("child", "base")):
+        folders = [str(tmp_path / name) for name in pair]
+        laws.main(["compare", *folders])
+        assert "! of " in capsys.readouterr().out
+        assert said(capsys, "compare", *folders, "--json")["ancestor"] is True
+    laws.main(["compare", str(tmp_path / "scratch"), str(tmp_path / "child")])
+    assert "! of " not in capsys.readouterr().out
 
 
 def test_table_feeds_fit_feeds_predict(tmp_path, capsys):
@@ -488,6 +513,16 @@ def test_plots_are_written(tmp_path, capsys):
     for name in ("fit", "plan", "compare"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_empty_columns_are_not_printed(tmp_path, capsys):
+    laws.main(["optimal", "chinchilla", "--flops", "1e20"])
+    laws.main(["plan", "--have-n", "1e9", "--have-d", "1e11", "--flops", "1e21"])
+    table = write_table(tmp_path / "runs.csv", synthetic("chinchilla"))
+    laws.main(["fit", "chinchilla", str(table)])
+    assert "95 %" not in capsys.readouterr().out
+    laws.main(["fit", "chinchilla", str(table), "--bootstrap", "20"])
+    assert "95 % interval" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
