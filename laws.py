@@ -57,9 +57,13 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while SciPy loads: no traceback
 
 import numpy as np
 from numpy import log
@@ -951,7 +955,7 @@ def drawing(path):
 
 
 def show(rows):
-    """Rows of cells, the first the heading, in aligned columns without the empty ones. A pair of numbers: an interval."""
+    """Rows of cells, the first the heading, in aligned columns; empty ones are left out. A pair is an interval."""
 
     def text(cell):
         if isinstance(cell, list):

@@ -70,6 +70,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import torch
 from tqdm import tqdm
 
@@ -344,7 +347,7 @@ def spare(name, config):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = model.Parser(
         prog="upcycle.py",
         usage="upcycle.py SRC DST --experts E --top-k K [flags]",
         description="From a dense checkpoint folder to a mixture of experts.\n\n"
