@@ -452,10 +452,10 @@ def test_compare_of_a_run_with_its_ancestor_says_that_it_is_no_speedup(tmp_path,
     for pair in (("base", "child"), ("child", "base")):
         folders = [str(tmp_path / name) for name in pair]
         laws.main(["compare", *folders])
-        assert "! of " in capsys.readouterr().out
+        assert "one goes on from the other" in capsys.readouterr().out
         assert said(capsys, "compare", *folders, "--json")["ancestor"] is True
     laws.main(["compare", str(tmp_path / "scratch"), str(tmp_path / "child")])
-    assert "! of " not in capsys.readouterr().out
+    assert "one goes on" not in capsys.readouterr().out
 
 
 def test_table_feeds_fit_feeds_predict(tmp_path, capsys):
@@ -816,7 +816,7 @@ def test_fit_refuses_a_table_of_dense_models_and_mixtures(tmp_path, capsys):
     laws.main(["table", str(tmp_path / "out")])
     (tmp_path / "runs.csv").write_text(capsys.readouterr().out)
     line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
-    assert "row 1 (" in line and "out/0): E none, K none; row 4 (" in line and "out/3): E 8.0, K 2.0" in line
+    assert "row 1 (" in line and "out/0) has E none K none, row 4 (" in line and "out/3) has E 8.0 K 2.0" in line
 
 
 def test_a_reader_that_leaves_early_ends_it_quietly():
