@@ -702,7 +702,8 @@ def share_done(last, N_active):
     shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
     if not shares or settings.get("schedule") == "constant":
         return 1.0
-    return min(1.0, shares[0] * (1 + settings.get("batch_tokens", 0) / 2 / max(tokens, 1)))  # runs end at a whole step
+    half_step = settings.get("batch_tokens", 0) / 2 / max(tokens, 1)  # a run ends at the whole step nearest to its plan
+    return 1.0 if shares[0] * (1 + half_step) >= 1 else shares[0]
 
 
 def read_run(folder, corpus=None, smooth=1):
