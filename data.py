@@ -56,6 +56,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -67,6 +68,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy as np
 import tiktoken
@@ -764,9 +768,11 @@ def main(argv=None):
         prog="data.py",
         usage="data.py SPEC [--tokenizer NAME] [--context T] [--cache FOLDER]",
         description="Prepares corpora and describes them:  python data.py cpp,mine=notes/**/*.txt --tokenizer gpt2",
+        epilog=__doc__[__doc__.index("    specification") : __doc__.index("\n\nText is text")],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("spec", metavar="SPEC", help="[name=]source[:weight],... as in the table at the top of data.py")
+    parser.add_argument("spec", metavar="SPEC", help="[name=]source[:weight],... as in the table below")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="of the same table (default: bytes)")
     parser.add_argument("--context", type=float, default=256, metavar="T", help="tokens a window (default: 256)")
     parser.add_argument("--cache", default="data", metavar="FOLDER", help="where tokens are kept (default: data)")
@@ -805,4 +811,5 @@ def report(corpus, tokenizer, context):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -68,8 +68,12 @@ import dataclasses
 import math
 import os
 import re
+import signal
 import sys
 from operator import attrgetter
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import torch
 import torch.nn.functional as F
@@ -518,7 +522,7 @@ def main(argv=None):
     commands = "\n".join(line for line in __doc__.split("\n") if line.startswith("    python grow.py"))
     after = "When to grow, and by how much: python laws.py optimal stacking --N 8e9 --D 15e12"
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("grow.py", usage, commands, after, formatter_class=raw, allow_abbrev=False)
+    parser = model.Parser("grow.py", usage, commands, after, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument_group("folders").add_argument
     add("source", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral, Qwen3 or MoE of these")
     add("target", metavar="DST", help="new checkpoint folder; must not exist")
@@ -549,6 +553,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

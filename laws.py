@@ -1,6 +1,14 @@
 """
 Scaling laws: published, fitted to runs of one's own, and put to use.
 
+    python laws.py table out/*/ > runs.csv
+    python laws.py fit LAW runs.csv [--bootstrap 1000] [--plot fit.png] [--json]
+    python laws.py predict LAW --N 1e9 --D 1e10 ... [--fit fit.json] [--json]
+    python laws.py optimal LAW --flops 1e20 ... [--fit fit.json] [--json]
+    python laws.py optimal stacking --N 8e9 --D 15e12 [--json]
+    python laws.py plan --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
+    python laws.py compare out/scratch out/stacked [--plot loss.png] [--json]
+
 A scaling law says what loss a training run will reach before anybody has paid for it. All the laws here are sums of
 power laws, e.g. Chinchilla's L(N, D) = E + A N^-alpha + B D^-beta: a floor E that no model passes, a price for too few
 parameters N, a price for too few tokens D. So each term is the exponential of something *linear* in (ln A, alpha, ...),
@@ -50,16 +58,18 @@ Try:
 import argparse
 import csv
 import difflib
-import importlib
 import inspect
 import itertools
 import json
 import math
 import os
-import re
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while SciPy loads: no traceback
 
 import numpy as np
 from numpy import log
@@ -358,15 +368,14 @@ def hold(X, y, theta, j, values, offset, steps, weights=1.0):
 def resample(best, times, blocks, rng, progress):
     """Refits to resampled runs: theta (times, P), and the same with the floor held at both ends of what is possible."""
     X, y, offset, E = (best[k] for k in ("X", "y", "offset", "E"))
-    G = blocks.max() + 1
+    G, starts = blocks.max() + 1, best["theta"][None]
+    if E is not None:  # a refit from the best fit alone would stay where that one's floor is
+        starts = np.tile(starts, (5, 1))
+        starts[1:, E] = y.min() + log([0.02, 0.3, 0.6, 0.85])
     free, ends = [], [[], []]
     for i in tqdm(range(0, times, 100), "bootstrap", leave=False, disable=None if progress else True):  # terminal only
         drawn = [np.bincount(rng.integers(0, G, G), minlength=G) for _ in range(min(100, times - i))]
         w = np.array(drawn, float)[:, blocks]  # (S, n): how often each run counts
-        starts = [best["theta"]]
-        if E is not None:  # a refit from the best fit alone would stay where that one's floor is
-            for share in (0.02, 0.3, 0.6, 0.85):
-                starts.append(np.where(np.arange(X.shape[1]) == E, log(share) + y.min(), best["theta"]))
         tried = [descend(X, y, np.tile(t, (len(w), 1)), 12 if E is not None else 0, w, offset) for t in starts]
         first = np.argmin([f for _, f in tried], 0)
         theta = np.array([t for t, _ in tried])[first, np.arange(len(w))]
@@ -562,9 +571,6 @@ def growth_time(model, N, D):
     return {"d": d, "g": GROW, "C": 6 * N * D}
 
 
-PLAN = {"train on": "dense", "upcycle": "upcycled", "stack": "stacked", "MoE from scratch": "moe"}  # way: its set
-
-
 def plan(N, D1, C, models=None, top_k=2):
     """What to do with a dense model of N parameters, trained on D1 tokens, and C FLOPs more (6 N D, N_active for MoE)?
 
@@ -577,16 +583,18 @@ def plan(N, D1, C, models=None, top_k=2):
         models = {set: published("upcycling", set) for set, r in LAWS["upcycling"].items() if r.coefficients}
         why = "the stacking paper prints no coefficients of its loss L = a C^b; its rule says when, not how far"
     moe = 6 * active(N, top_k)
-    price = {"train on": 6 * N, "upcycle": moe, "stack": 6 * GROW * N, "MoE from scratch": moe}  # FLOPs a token
-    known = [way for way in PLAN if PLAN[way] in models]
-
-    def at(way, C):  # the law's arguments when C is spent that way
-        D = C / price[way]
-        return {"train on": {"N": N, "D": D1 + D}, "upcycle": {"N": N, "D1": D1, "D2": D},
-                "stack": {"N": GROW * N, "D1": D1, "D2": D}, "MoE from scratch": {"N": N, "D": D}}[way]
+    every = {  # way: (set of its law, FLOPs a token, the law's arguments after D more tokens)
+        "train on": ("dense", 6 * N, lambda D: {"N": N, "D": D1 + D}),
+        "upcycle": ("upcycled", moe, lambda D: {"N": N, "D1": D1, "D2": D}),
+        "stack": ("stacked", 6 * GROW * N, lambda D: {"N": GROW * N, "D1": D1, "D2": D}),
+        "MoE from scratch": ("moe", moe, lambda D: {"N": N, "D": D}),
+    }
+    tokens = {way: C / price for way, (_, price, _) in every.items()}
+    known = {way: (models[set], at(tokens[way])) for way, (set, _, at) in every.items() if set in models}
 
     def loss(way, C):
-        return predict(models[PLAN[way]], **at(way, C))
+        _, price, at = every[way]
+        return predict(known[way][0], **at(C / price))
 
     budgets = moe * np.geomspace(1e7, 1e13, 601)
     curves = {way: np.array([loss(way, C) for C in budgets]) for way in known}
@@ -600,15 +608,16 @@ def plan(N, D1, C, models=None, top_k=2):
         budget = brentq(lambda C: loss(one, C) - loss(other, C), budgets[i], budgets[i + 1])
         return {"flops": budget, "D2": budget / moe, "then": one if gap[i] > 0 else other}
 
-    ways = {way: loss(way, C) if way in known else None for way in PLAN}
+    ways = {way: loss(way, C) if way in known else None for way in every}
     return {
         "ways": ways,
         "best": min(known, key=ways.get),
         "crossings": {f"{one} = {other}": crossing(one, other) for one, other in itertools.combinations(known, 2)},
-        "why_null": {way: why for way in PLAN if way not in known},
-        "tokens": {way: C / price[way] for way in PLAN},
-        "outside": {way: outside(models[PLAN[way]], **at(way, C)) for way in known},
-        "intervals": {way: band(models[PLAN[way]], lambda m, way=way: predict(m, **at(way, C))) for way in known},
+        "why_null": {way: why for way in every if way not in known},
+        "tokens": tokens,
+        "outside": {way: outside(model, **at) for way, (model, at) in known.items()},
+        "intervals": {way: band(model, lambda m, at=at: predict(m, **at)) for way, (model, at) in known.items()},
+        "undetermined": {way: model.get("undetermined", []) for way, (model, _) in known.items()},
         "curves": {way: curve.tolist() for way, curve in curves.items()} | {"flops": budgets.tolist()},
     }
 
@@ -644,6 +653,11 @@ def read_csv(path):
     return [dict(itertools.zip_longest(header, r, fillvalue="")) for r in rows]
 
 
+def named(rows, i):
+    """A row as an error calls it: its number and, in a table of laws.py, its run."""
+    return f"row {i + 1}" + (f" ({rows[i]['run']})" if rows[i].get("run") else "")
+
+
 def column(path, rows, name, least=1e-60):
     """The numbers of one column (n), or its text if `least` is None. ValueError names the nearest column or the row."""
     if not rows or name not in rows[0]:
@@ -655,7 +669,7 @@ def column(path, rows, name, least=1e-60):
             values[i] = number(cell, least)
         except DAMAGE:
             remedy = "a finite number above 0" if cell else "unknown: leave the row out"
-            raise ValueError(f"{path}, row {i + 1}, column {name}: {cell!r} ({remedy})") from None
+            raise ValueError(f"{path}, {named(rows, i)}, column {name}: {cell!r} ({remedy})") from None
     return np.array(values)
 
 
@@ -663,10 +677,14 @@ def read_table(path, form, target="L", blocks=None):
     """A run table's columns as {name: array (n)}, and its block labels. ValueError names row, column and remedy."""
     rows, seen = read_csv(path), {}
     table = {name: column(path, rows, name) for name in [*columns(form), target]}
-    for i, run in enumerate(zip(*table.values()), 1):
-        if run in seen:
-            raise ValueError(f"{path}: row {i} repeats row {seen[run]} in {', '.join(table)} (leave one out)")
-        seen[run] = i
+    kinds = [" ".join(f"{c} {r.get(c) or 'none'}" for c in ("E", "K") if c not in table) for r in rows]
+    for i, run in enumerate(zip(*table.values())):
+        if (first := seen.setdefault(run, i)) < i:
+            pair = f"{named(rows, i)} repeats {named(rows, first)}"
+            raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
+        if kinds[i] != kinds[0]:  # a dense model and a mixture, or mixtures of another number of experts
+            pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
+            raise ValueError(f"{path}: {pair} (one law, one kind of model: leave rows out)")
     return table, column(path, rows, blocks, least=None) if blocks else None
 
 
@@ -674,6 +692,18 @@ def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
     values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # grow's learn spends too
     return None if None in values else sum(number(v, least=0) for v in values)
+
+
+def share_done(last, N_active):
+    """How much of a training is done, 0 to 1, by its settings; 1 if they do not say, and at a constant rate, where the
+    loss at any step is that of a shorter run (elsewhere it is higher until the rate has come down)."""
+    settings, tokens = last.get("settings") or {}, last["tokens"]
+    spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
+    shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
+    if not shares or settings.get("schedule") == "constant":
+        return 1.0
+    half_step = settings.get("batch_tokens", 0) / 2 / max(tokens, 1)  # a run ends at the whole step nearest to its plan
+    return 1.0 if shares[0] * (1 + half_step) >= 1 else shares[0]
 
 
 def read_run(folder, corpus=None, smooth=1):
@@ -697,9 +727,8 @@ def read_run(folder, corpus=None, smooth=1):
         if last["step"] != "train":
             raise ValueError(f"its last step is {last['step']!r}")
         lineage = [*before, {**last, "tokens": tokens[-1], "flops": flops[-1]}]  # as far as the last evaluation
-        grown = [i for i, s in enumerate(lineage) if s["step"] in ("upcycle", "grow")]
-        parts = (lineage[: grown[-1]], lineage[grown[-1] :]) if grown else ()
-        D1, D2 = [total(part, "tokens") for part in parts] or (None, None)
+        cut = max((i for i, s in enumerate(lineage) if s["step"] in ("upcycle", "grow")), default=None)
+        D1, D2 = (None, None) if cut is None else (total(part, "tokens") for part in (lineage[:cut], lineage[cut:]))
         experts, G = config.get("num_local_experts") or config.get("num_experts"), config.get("granularity", 1)
         E, K, G = (experts / G, config["num_experts_per_tok"] / G, G) if experts else (None, None, None)
         counts = {name: about.get(name) for name in ("N", "N_active", "N_total")}
@@ -708,36 +737,26 @@ def read_run(folder, corpus=None, smooth=1):
             "run": str(folder), "corpus": corpus, "L": float(np.mean(L[-smooth:])), **counts, "E": E, "K": K, "G": G,
             "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
             "flops_total": total(lineage, "flops"), "lineage": about["lineage"], "config": config,
+            "done": share_done(lineage[-1], counts["N_active"]),
             "curve": [(None if C is None else C + c, loss) for c, loss in zip(flops, L)],
         }
     except DAMAGE as wrong:
         raise ValueError(f"{folder} is damaged or no run of train.py: {type(wrong).__name__}, {wrong}") from None
 
 
-def find_runs(folders):
-    """The folders with the snapshots and branches below them, each once. FileNotFoundError for what is no folder."""
-    found = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
-        found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
-    return list(found.values())
-
-
 def merge_seeds(runs):
-    """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves"."""
-
-    def bare(x):  # a lineage without its seeds and names of folders
-        if isinstance(x, list):
-            return [bare(v) for v in x]
-        unlike = ("seed", "out", "init", "branch", "overwrite", "resume")
-        return {k: bare(v) for k, v in x.items() if k not in unlike} if isinstance(x, dict) else x
-
-    groups, merged = {}, []
+    """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves".
+    ValueError if two of them have the seeds in common, too: nothing about chance is learnt from the same run twice."""
+    unlike, groups, merged = ("seed", "out", "init", "branch", "overwrite", "resume"), {}, []
     for run in runs:
-        key = [bare(run["lineage"]), bare(run["config"]), run["corpus"], run["N_total"], run["D"], len(run["curve"])]
-        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+        key = json.dumps([run[k] for k in ("lineage", "config", "corpus", "N_total", "D")] + [len(run["curve"])])
+        key = json.loads(key, object_hook=lambda d: {k: d[k] for k in sorted(d) if k not in unlike})
+        group, seeds = groups.setdefault(str(key), {}), str([step.get("seed") for step in run["lineage"]])
+        if seeds in group:
+            raise ValueError(f"{group[seeds]['run']} and {run['run']} have the same seed {run['seed']} (leave one out)")
+        group[seeds] = run
     for group in groups.values():
+        group = [*group.values()]
         curves, losses = [run["curve"] for run in group], [run["L"] for run in group]
         merged.append({**group[0], "L": float(np.mean(losses)), "runs": len(group), "curves": curves,
                        "L_sd": float(np.std(losses, ddof=1)) if len(group) > 1 else None,
@@ -760,8 +779,9 @@ def compare(runs, target=None):
     """The first run against each other one: target_loss, flops_baseline, flops_run and the stacking paper's speedup.
 
     The target is the higher of the two best losses unless given, so that both reach it. The speed-up is C_scratch /
-    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. ValueError if FLOPs are unknown or
-    the losses are those of different texts.
+    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. A run and its own ancestor meet where
+    the later one begins, whatever it is worth: their pair is marked "ancestor" (compare with a run from scratch).
+    ValueError if FLOPs are unknown or the losses are those of different texts.
     """
     first, pairs = runs[0], []
     for run in runs:
@@ -773,23 +793,15 @@ def compare(runs, target=None):
     for run in runs[1:]:
         goal = target or max(min(loss for _, loss in r["curve"]) for r in (first, run))
         scratch, grown = flops_to_reach(first, goal), flops_to_reach(run, goal)
-        pairs.append({"baseline": first["run"], "run": run["run"], "target_loss": goal,
-                      "flops_baseline": scratch, "flops_run": grown, "speedup": scratch / grown - 1})
+        short, long = sorted((first["lineage"], run["lineage"]), key=len)
+        pairs.append({"baseline": first["run"], "run": run["run"], "target_loss": goal, "flops_baseline": scratch,
+                      "flops_run": grown, "speedup": scratch / grown - 1,
+                      "ancestor": short != long and short == long[: len(short)]})
     return pairs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
-
-COMMANDS = """\
-python laws.py table out/*/ > runs.csv
-python laws.py fit LAW runs.csv [--bootstrap 1000] [--plot fit.png] [--json]
-python laws.py predict LAW --N 1e9 --D 1e10 ... [--fit fit.json] [--json]
-python laws.py optimal LAW --flops 1e20 ... [--fit fit.json] [--json]
-python laws.py optimal stacking --N 8e9 --D 15e12 [--json]
-python laws.py plan --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
-python laws.py compare out/scratch out/stacked [--plot loss.png] [--json]
-"""
 
 
 def whole(text):
@@ -799,78 +811,80 @@ def whole(text):
 
 
 def build_parser():
+    """The parser: one subcommand for each function that begins with `run_`."""
+    commands = "\n".join(line.strip() for line in __doc__.splitlines() if line.startswith("    python"))
     sets = [f"  {law:13}{set:17}{', '.join(columns(r.form)):14}{r.source}" + f"\n{'':17}! {r.wrong}" * bool(r.wrong)
             for law, rows in LAWS.items() for set, r in rows.items()]
     parser = argparse.ArgumentParser(
-        "laws.py", "laws.py {table,fit,predict,optimal,plan,compare} ... [--help]", COMMANDS,
+        "laws.py", "laws.py {table,fit,predict,optimal,plan,compare} ... [--help]", commands,
         "laws, sets (a law's first is its default), columns read, source, ! known flaws:\n" + "\n".join(sets),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    laws = f"one of {', '.join(LAWS)}"
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(run, usage, help, plot=None):
         name = run.__name__.removeprefix("run_")
-        sub = commands.add_parser(name, prog="laws.py", usage=f"laws.py {name} {usage}", help=help, description=help,
-                                  allow_abbrev=False)
+        sub = subparsers.add_parser(name, prog="laws.py", usage=f"laws.py {name} {usage}", help=help, description=help,
+                                    allow_abbrev=False)
         sub.set_defaults(run=run)
-        out = sub.add_argument_group("output")
-        out.add_argument("--json", action="store_true", help="one JSON object, for programs (default: off)")
+        if usage.startswith("LAW"):
+            sub.add_argument("law", metavar="LAW", help=f"one of {', '.join(LAWS)}")
+        add = sub.add_argument_group("output").add_argument
+        add("--json", action="store_true", help="one JSON object, for programs (default: off)")
         if plot:
-            out.add_argument("--plot", metavar="FILE", help=f"draw {plot} to a .png, .pdf or .svg (default: no plot)")
+            add("--plot", metavar="FILE", help=f"draw {plot} to a .png, .pdf or .svg (default: no plot)")
         return sub
 
-    def reads_runs(run, *texts):
+    for run, *texts in (
+        (run_table, "RUN ... [options] > runs.csv", "finished runs, and those below them, to one CSV"),
+        (run_compare, "BASELINE RUN ... [options]", "FLOPs to equal loss, ancestors included", "losses"),
+    ):
         sub = command(run, *texts)
         sub.add_argument("runs", nargs="+", metavar="RUN", help="folder written by train.py")
-        group = sub.add_argument_group("reading")
-        group.add_argument("--corpus", metavar="NAME", help="whose loss (default: the heaviest of the last training)")
-        group.add_argument("--seeds", action="store_true", help="average runs that differ only in seed (default: off)")
-        return group
-
-    group = reads_runs(run_table, "RUN ... [options] > runs.csv", "run folders and the runs below them to one CSV")
-    group.add_argument("--smooth", type=whole, default=1, help="evaluations averaged at the end (default: 1)")
-    group = reads_runs(run_compare, "BASELINE RUN ... [options]", "FLOPs to equal loss, ancestors included", "losses")
-    group.add_argument("--target", type=number, metavar="L", help="nats a token (default: the higher best)")
+        add = sub.add_argument_group("reading").add_argument
+        add("--corpus", metavar="NAME", help="whose loss (default: the heaviest of the last training)")
+        add("--seeds", action="store_true", help="average runs that differ only in seed (default: off)")
+        if run is run_table:
+            add("--smooth", type=whole, default=1, help="evaluations averaged at the end (default: 1)")
+        else:
+            add("--target", type=number, metavar="L", help="nats a token (default: the higher best)")
 
     sub = command(run_fit, "LAW RUNS.CSV [options]", "fit a law to a run table", "curves, residuals and bootstrap")
-    sub.add_argument("law", metavar="LAW", help=laws)
     sub.add_argument("table", metavar="RUNS.CSV", help="run table with the law's columns and L")
-    group = sub.add_argument_group("what is fitted")
-    group.add_argument("--set", metavar="NAME", help="set whose form is fitted (default: the law's first)")
-    group.add_argument("--first-stage", metavar="FILE", help="fit JSON to take coefficients from that the paper "
-                       "freezes: continual E, A, alpha; fine-grained dense c; upcycling E (default: none)")
-    group = sub.add_argument_group("intervals")
-    group.add_argument("--bootstrap", type=whole, default=0, metavar="TIMES", help="resamples (default: none)")
-    group.add_argument("--blocks", metavar="COLUMN", help="resample runs that agree here as one (default: none)")
-    group.add_argument("--seed", type=whole, default=1, help="seed of the resampling (default: 1)")
+    add = sub.add_argument_group("what is fitted").add_argument
+    add("--set", metavar="NAME", help="set whose form is fitted (default: the law's first)")
+    add("--first-stage", metavar="FILE", help="fit JSON to take coefficients from that the paper freezes: "
+        "continual E, A, alpha; fine-grained dense c; upcycling E (default: none)")
+    add = sub.add_argument_group("intervals").add_argument
+    add("--bootstrap", type=whole, default=0, metavar="TIMES", help="resamples (default: none)")
+    add("--blocks", metavar="COLUMN", help="resample runs that agree here as one (default: none)")
+    add("--seed", type=whole, default=1, help="seed of the resampling (default: 1)")
 
     for run, help in ((run_predict, "the loss of a run"), (run_optimal, "the best way to spend a budget")):
         sub = command(run, "LAW [options]", help)
-        sub.add_argument("law", metavar="LAW", help=laws)
-        group = sub.add_argument_group("the run (a law asks for what it needs, and refuses the rest)")
-        group.add_argument("--flops", type=number, metavar="C", help="FLOPs, as the law's paper counts them")
-        group.add_argument("--N", type=number, help="parameters, as the law counts them (fine-grained: N_total)")
-        group.add_argument("--D", type=number, help="tokens trained on")
-        group.add_argument("--D1", type=number, help="predict upcycling: tokens before")
-        group.add_argument("--D2", type=number, help="predict upcycling: tokens after")
-        group.add_argument("--G", type=number, help="predict fine-grained: granularity")
-        group.add_argument("--experts", type=number, help="optimal fine-grained: expansion rate (default: the set's)")
-        group.add_argument("--top-k", type=number, help="optimal upcycling: experts a token (default: 2)")
-        group = sub.add_argument_group("coefficients")
-        group.add_argument("--set", metavar="NAME", help="published set, see laws.py --help (default: the law's first)")
-        group.add_argument("--fit", metavar="FILE", help="JSON of a fit of your own instead (default: none)")
+        add = sub.add_argument_group("the run (a law asks for what it needs, and refuses the rest)").add_argument
+        add("--flops", type=number, metavar="C", help="FLOPs, as the law's paper counts them")
+        add("--N", type=number, help="parameters, as the law counts them (fine-grained: N_total)")
+        add("--D", type=number, help="tokens trained on")
+        add("--D1", type=number, help="predict upcycling: tokens before")
+        add("--D2", type=number, help="predict upcycling: tokens after")
+        add("--G", type=number, help="predict fine-grained: granularity")
+        add("--experts", type=number, help="optimal fine-grained: expansion rate (default: the set's)")
+        add("--top-k", type=number, help="optimal upcycling: experts a token (default: 2)")
+        add = sub.add_argument_group("coefficients").add_argument
+        add("--set", metavar="NAME", help="published set, see laws.py --help (default: the law's first)")
+        add("--fit", metavar="FILE", help="JSON of a fit of your own instead (default: none)")
 
     sub = command(run_plan, "--have-n PARAMS --have-d TOKENS --flops C [options]",
                   "train on, upcycle, stack, or start an MoE from scratch?", "the ways against the budget")
-    group = sub.add_argument_group("what you have")
-    group.add_argument("--have-n", type=number, required=True, metavar="N", help="size of the dense model (required)")
-    group.add_argument("--have-d", type=number, required=True, metavar="D1", help="its tokens so far (required)")
-    group.add_argument("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
-    group = sub.add_argument_group("what it may become")
-    group.add_argument("--experts", type=number, default=8, help="experts of the MoE (default: 8, the published fit)")
-    group.add_argument("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
-    group = sub.add_argument_group("coefficients")
-    group.add_argument("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
+    add = sub.add_argument_group("what you have").add_argument
+    add("--have-n", type=number, required=True, metavar="N", help="size of the dense model (required)")
+    add("--have-d", type=number, required=True, metavar="D1", help="its tokens so far (required)")
+    add("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
+    add = sub.add_argument_group("what it may become").add_argument
+    add("--experts", type=number, default=8, help="experts of the MoE (default: 8, the published fit)")
+    add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
+    add = sub.add_argument_group("coefficients").add_argument
+    add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
     return parser
 
 
@@ -904,28 +918,27 @@ def check_flags(args, needed, allowed=()):
 
 
 def drawing(path):
-    """experiments/plots.py, after a look at where the plot shall go; None without a path."""
-    if path is None:
-        return None
-    if not re.search(r"\.(png|pdf|svg)$", path) or Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+    """experiments/plots.py, after a look at where the plot shall go."""
+    if not path.endswith((".png", ".pdf", ".svg")) or Path(path).is_dir() or not Path(path).parent.is_dir():
         raise ValueError(f"--plot {path} (give a .png, .pdf or .svg in a folder that exists)")
     try:
-        return importlib.import_module("experiments.plots")
+        from experiments import plots
     except ImportError as missing:
         raise ValueError(f"--plot {path}: {missing} (it needs experiments/plots.py and matplotlib)") from None
+    return plots
 
 
 def show(rows):
-    """Rows of cells, the first the heading, in aligned columns. A pair of numbers is an interval."""
+    """Rows of cells, the first the heading, in aligned columns; empty ones are left out. A pair is an interval."""
 
     def text(cell):
         if isinstance(cell, list):
             return "{:.4g} to {:.4g}".format(*cell)
         return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
-    rows = [list(map(text, r)) for r in rows]
-    for r in rows:
-        print("  ".join(cell.ljust(max(len(other[i]) for other in rows)) for i, cell in enumerate(r)).rstrip())
+    shown = [c for c in zip(*[map(text, r) for r in rows]) if any(c[1:])]  # columns
+    for cells in zip(*[[cell.ljust(max(map(len, column))) for cell in column] for column in shown]):
+        print("  ".join(cells).rstrip())
 
 
 def warn(model, factors, name=""):
@@ -939,11 +952,22 @@ def warn(model, factors, name=""):
 
 
 def run_table(args):
-    folders = find_runs(args.runs)
-    skipped = [f"{f} has no eval.csv" for f in folders if not (f / "eval.csv").is_file()]  # e.g. upcycled, not trained
-    runs = [read_run(f, args.corpus, args.smooth) for f in folders if (f / "eval.csv").is_file()]
+    found = {}  # with the snapshots and branches below a folder, each once
+    for folder in map(Path, args.runs):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
+        found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
+    runs, skipped = [], []
+    for folder in found.values():
+        if not (folder / "eval.csv").is_file():  # e.g. upcycled and not trained since
+            skipped.append(f"{folder} has no eval.csv")
+        elif (run := read_run(folder, args.corpus, args.smooth))["done"] < 1:
+            skipped.append(f"{folder} is left out: {100 * run['done']:.3g} % of its run")
+        else:
+            runs.append(run)
     if not runs:
-        raise FileNotFoundError(f"no run below {' '.join(args.runs)} (a run has run.json and eval.csv)")
+        why = "; ".join(skipped) or "a run has run.json and eval.csv"
+        raise FileNotFoundError(f"no finished run below {' '.join(args.runs)} ({why})")
     runs = merge_seeds(runs) if args.seeds else runs
     names = "run L N N_active N_total E K G D D1 D2 seed flops flops_total corpus".split()
     names += ["L_sd", "runs"] if args.seeds else []
@@ -969,11 +993,10 @@ def run_fit(args):
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
     table, blocks = read_table(args.table, the.form, the.target, args.blocks)
-    plots = drawing(args.plot)
     report = fit(args.law, table, args.set, fixed, args.bootstrap, blocks, args.seed, progress=True)
-    if plots:
+    if args.plot:
         law = lambda at: evaluate(the.form, report["coefficients"], **at)
-        plots.plot_fit(args.plot, report, table, the.target, law)
+        args.plots.plot_fit(args.plot, report, table, the.target, law)
     if args.json:
         return report
     why, plain = report["why"], report["simpler"]
@@ -983,13 +1006,14 @@ def run_fit(args):
          "fixed" if name in fixed else "not determined" if name in why else ""]
         for name, value in report["coefficients"].items()])
     print(f"\nobjective {report['objective']:.11f} (sum of Huber, delta {HUBER:g}, on the log loss)")
-    for form in filter(None, (report, plain)):  # the law as it is, and what it is compared with
-        if held := form["held_out"]:
-            print(f"without {', '.join(form['without'])}: " if "without" in form else "", end="")
-            print(f"{100 * held['error']:.2f} % error on the {held['runs']} largest runs after a fit to the others")
+    without = f"without {', '.join(plain['without'])}" if plain else ""
+    for name, held in (("", report["held_out"]), (f"{without}: ", plain.get("held_out"))):
+        if held:
+            error = f"{100 * held['error']:.2f} % error"
+            print(f"{name}{error} on the {held['runs']} largest runs after a fit to the others")
     if plain:
         verdict = "more than noise allows: it is needed" if plain["needed"] else "which noise explains: not needed"
-        print(f"without {', '.join(plain['without'])} the objective is {plain['objective']:.8f}, {verdict}")
+        print(f"{without} the objective is {plain['objective']:.8f}, {verdict}")
     for name, reason in why.items():
         print(f"The runs do not determine {name}: {reason}.")
 
@@ -1038,13 +1062,12 @@ def run_plan(args):
         models[report["set"]] = report
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
-    plots = drawing(args.plot)
     answer = plan(args.have_n, args.have_d, args.flops, models, args.top_k)
     answer["notes"] = [] if models else [LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2: others change FLOPs, not coefficients")
-    if plots:
-        plots.plot_plan(args.plot, answer, args)
+    if args.plot:
+        args.plots.plot_plan(args.plot, answer, args)
     del answer["curves"]
     if args.json:
         return answer
@@ -1057,7 +1080,7 @@ def run_plan(args):
         where = x and f"at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g}); beyond it {x['then']} is better"
         print(f"{pair}: {where or 'never, up to D2 = 1e13'}")
     for way, factors in answer["outside"].items():
-        warn((models or {}).get(PLAN[way], {}), factors, f"{way}: ")
+        warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
     for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
         print(f"! {note}")
 
@@ -1067,22 +1090,26 @@ def run_compare(args):
     runs = merge_seeds(runs) if args.seeds else runs
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} run to compare (give a baseline and at least one other)")
-    plots = drawing(args.plot)
     pairs = compare(runs, args.target)
-    if plots:
-        plots.plot_compare(args.plot, runs, pairs)
+    if args.plot:
+        args.plots.plot_compare(args.plot, runs, pairs)
     if args.json:
         return pairs[0] | {"pairs": pairs}
     print(f"baseline {runs[0]['run']}, loss on {runs[0]['corpus']}, FLOPs with ancestors\n")
     show([["run", "target loss", "FLOPs baseline", "FLOPs run", "speed-up"]] + [
         [p["run"], p["target_loss"], p["flops_baseline"], p["flops_run"], f"{100 * p['speedup']:+.1f} %"]
         for p in pairs])
+    for p in pairs:
+        if p["ancestor"]:
+            print(f"! {p['baseline']} and {p['run']}: one goes on from the other, so they meet where it begins "
+                  "(for a speed-up give a run from scratch)")
 
 
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        args.plots = drawing(args.plot) if getattr(args, "plot", None) is not None else None
         with np.errstate(all="ignore"):  # what comes out infinite is refused in words
             answer = args.run(args)  # prints for people; with --json it only returns
         if args.json:

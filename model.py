@@ -35,14 +35,20 @@ Try:
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import torch
 import torch.nn as nn
@@ -799,10 +805,19 @@ def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, u
         module.train(training)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistyped flag with the nearest one: of this file and of those above it."""
+
+    def error(self, message):
+        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
+        near = [name for flag in flags for name in difflib.get_close_matches(flag, self._option_string_actions, 1)]
+        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
+
+
 def main():
     import data
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "', allow_abbrev=False
     )
     add = parser.add_argument
@@ -851,8 +866,4 @@ def pick_device(name):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    main()

@@ -41,6 +41,9 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -108,7 +111,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def get_parser():
     usage = "train.py [--out FOLDER] [--tokens N] [--data SPEC] [shape, optimisation, machine flags: see --help]"
-    parser = argparse.ArgumentParser(
+    parser = model.Parser(
         "train.py", usage, "\n".join(__doc__.split("\n")[2:10]), allow_abbrev=False,
         formatter_class=Help,
     )  # fmt: skip
@@ -861,6 +864,7 @@ def plot(out, rulers):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
     except KeyboardInterrupt:

@@ -66,6 +66,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
 import torch
 
 import model
@@ -259,7 +262,7 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=mode
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = model.Parser(
         prog="upcycle.py",
         usage="upcycle.py SRC DST --experts E --top-k K [flags]",
         description="From a dense checkpoint folder to a mixture of experts.\n\n"

@@ -3,10 +3,10 @@
     python experiments/grow_table.py run --seeds 1 2 3      # 35 minutes on one core; a second call goes on
     python experiments/grow_table.py show                   # the table, from grow_table.csv
 
-In the setting of ladder.py: a 3-layer model sees d = 1.5 million tokens at a constant rate, grows to 6 layers (stacked,
-or with depth-zero) and is trained for 1 or 2 million tokens more. The paper's comparison is 6 layers from scratch; but at
-this size a deep model from scratch is a weak baseline, so there are flatter and wider ones. All at equal FLOPs, those of
-the small model counted; differences are paired by seed.
+In the setting of ladder.py: a 3-layer model sees d = 1.5 million tokens at a constant rate, grows to 6 layers
+(stacked, or with depth-zero) and is trained for 1 or 2 million tokens more. The paper's comparison is 6 layers from
+scratch; but at this size a deep model from scratch is a weak baseline, so there are flatter and wider ones. All at
+equal FLOPs, those of the small model counted; differences are paired by seed.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def run(seeds, out):
             subprocess.run([sys.executable, ROOT / "grow.py", base, zero, *how], check=True)
         ladders = {"3 layers, trained on": small}
         for name, flags in zip(GROWN, (["--init", base, "--stack", 2], ["--init", zero])):
-            points = ladder(out / f"{name}-{seed}".replace(" ", "_").replace(",", ""), (M, 2 * M), *flags, "--seed", seed)
+            folder = out / f"{name}-{seed}".replace(" ", "_").replace(",", "")
+            points = ladder(folder, (M, 2 * M), *flags, "--seed", seed)
             ladders[name] = [(tokens, loss, before + flops) for tokens, loss, flops in points]
         for name, (shape, budgets) in SCRATCH.items():
             layers, width = shape.split()
@@ -58,8 +59,9 @@ def show():
     for name in GROWN:
         for i, (tokens, _, flops) in enumerate(curves[name, seeds[0]]):
             mine = [curves[name, s][i] for s in seeds]
-            cells = [cell([m[1] - at(curves[other, s], m[2]) for m, s in zip(mine, seeds)]) for other in others]
-            print(f"| {name} | {tokens // M} M | {flops:.3g} | {cell([m[1] for m in mine], '')} | {' | '.join(cells)} |")
+            cells = [cell([m[1] for m in mine], "")]
+            cells += [cell([m[1] - at(curves[other, s], m[2]) for m, s in zip(mine, seeds)]) for other in others]
+            print(f"| {name} | {tokens // M} M | {flops:.3g} | {' | '.join(cells)} |")
 
 
 def main():

@@ -89,8 +89,8 @@ def speed(rounds=25):
 def show():
     curves, seeds = read(TABLE)
     seconds = {r["model"]: float(r["seconds_a_step"]) for r in csv.DictReader(open(SPEED))}
-    print(f"| {T // M} M tokens, seeds {', '.join(seeds)} | loss | seconds | against | equal tokens | equal FLOPs | equal "
-          "seconds |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print(f"| {T // M} M tokens, seeds {', '.join(seeds)} | loss | seconds | against | equal tokens | equal FLOPs |"
+          " equal seconds |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for name in DENSE | MIXTURES:
         mine = [curves[name, seed][0] for seed in seeds]
         row = f"{name} | {cell([m[1] for m in mine], '')} | {seconds[name] / seconds['dense, N']:.2f}"

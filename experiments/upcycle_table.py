@@ -3,9 +3,9 @@
     python experiments/upcycle_table.py run --seeds 1 2 3      # 40 minutes on one core; a second call goes on
     python experiments/upcycle_table.py show                   # the tables and upcycling.png, from upcycle_table.csv
 
-In the setting of ladder.py: a dense model sees D1 = 3 million tokens at a constant rate. From there it is trained on for
-D2 tokens more, as it is or upcycled to 8x2 (`--init`: new optimizer, new warmup, the text goes on); and an 8x2 mixture
-starts from nothing. Every D2 has its own decay. Differences are paired by seed: same text, same initial weights.
+In the setting of ladder.py: a dense model sees D1 = 3 million tokens at a constant rate. From there it is trained on
+for D2 tokens more, as it is or upcycled to 8x2 (`--init`: new optimizer, new warmup, the text goes on); and an 8x2
+mixture starts from nothing. Every D2 has its own decay. Differences are paired by seed: same text, same first weights.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def run(seeds, out):
 
 def show():
     curves, seeds = read(TABLE)
-    print(f"| D2, D1 = {D1 / M:.1f} M, seeds {', '.join(seeds)} | {ON} | {UP} | {SCRATCH} | upcycled - dense, equal tokens |"
-          " equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, D1 counted |\n|" + "---|" * 8)  # fmt: skip
+    print(f"| D2, D1 = {D1 / M:.1f} M, seeds {', '.join(seeds)} | {ON} | {UP} | {SCRATCH} |"
+          " upcycled - dense, equal tokens | equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, D1 counted |\n|" + "---|" * 8)  # fmt: skip
     for i, (tokens, _, _) in enumerate(curves[UP, seeds[0]]):
         up = [curves[UP, s][i] for s in seeds]
         on, scratch = ([curves[name, s] for s in seeds] for name in (ON, SCRATCH))

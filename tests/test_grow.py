@@ -277,7 +277,7 @@ def test_depth_starts_as_the_stack_and_a_layer_is_a_sum_of_old_ones(monkeypatch)
 
 
 def test_width_is_tied_as_in_the_paper():
-    """With any maps B: W' = B_out W B_in^T, the same B for all that the residual stream touches, and o_proj reads by the
+    """Whatever the maps B: W' = B_out W B_in^T, one B for all that touches the residual stream; o_proj reads by the
     map of v_proj, head by head."""
     small = make("llama, grouped queries, tied")
     big = grow.learn(small, batches(3), "width", 2)

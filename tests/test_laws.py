@@ -336,11 +336,11 @@ def test_a_law_of_ones_own_is_one_function_and_one_line(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- run folders
 
 
-def make_run(folder, lineage, losses, flops=1e15, tokens=1e8, seed=1, corpus="python", config=None, **counts):
+def make_run(folder, lineage, losses, flops=1e15, tokens=1e8, seed=1, corpus="python", config=None, plan=(), **counts):
     """A run folder by hand: `lineage` before this run, then a training of `tokens` with one evaluation a loss."""
     folder.mkdir(parents=True)
     data = {corpus: {"weight": 0.9, "tokens": tokens * 0.9}, "other": {"weight": 0.1, "tokens": tokens * 0.1}}
-    settings = {"lr": 0.003, "out": str(folder)}
+    settings = {"lr": 0.003, "out": str(folder), **dict(plan)}
     train = {"step": "train", "tokens": tokens, "flops": flops, "seed": seed, "data": data, "settings": settings}
     about = {"N": 100, "N_active": 100, "N_total": 100, "embeddings": 10, "lineage": [*lineage, train]} | counts
     (folder / "run.json").write_text(json.dumps(about))
@@ -415,6 +415,18 @@ def test_table_puts_seeds_together_but_not_other_settings(tmp_path, capsys):
     assert one["runs"] == "1" and one["L_sd"] == ""
 
 
+def test_the_same_seed_twice_is_no_second_seed(tmp_path, capsys):
+    make_run(tmp_path / "a", [], [5, 3.0])
+    make_run(tmp_path / "b", [], [5, 3.1])
+    for command in ("table", "compare"):
+        line = refused(capsys, command, tmp_path / "a", tmp_path / "b", "--seeds")
+        assert f"{tmp_path}/a and {tmp_path}/b have the same seed 1" in line
+    for seed in (1, 2):  # children of two seeds, with a seed of their own that is the same
+        make_run(tmp_path / f"child{seed}", [{"step": "train", "tokens": 1, "flops": 1, "seed": seed}], [3, 2])
+    answer = said(capsys, "table", tmp_path / "child1", tmp_path / "child2", "--seeds", "--json")
+    assert answer["runs"][0]["runs"] == 2
+
+
 def test_table_smooths_and_picks_the_corpus_as_asked(tmp_path, capsys):
     make_run(tmp_path / "run", [], [5, 4, 3, 2])
     for flags, L in (([], 2), (["--smooth", "2"], 2.5), (["--corpus", "other"], 9)):
@@ -431,6 +443,19 @@ def test_compare_charges_the_ancestors(tmp_path, capsys):
     assert answer["target_loss"] == 3 and answer["speedup"] == pytest.approx(2e15 / (9e14 + 1e14) - 1)
     halfway = said(capsys, "compare", tmp_path / "scratch", tmp_path / "stacked", "--target", "4", "--json")
     assert halfway["flops_baseline"] == pytest.approx(1e15)
+
+
+def test_compare_of_a_run_with_its_ancestor_says_that_it_is_no_speedup(tmp_path, capsys):
+    base = make_run(tmp_path / "base", [], [5, 4], flops=1e15)
+    make_run(tmp_path / "child", [base], [4, 3], flops=1e15)
+    make_run(tmp_path / "scratch", [], [5, 4, 3], flops=3e15)
+    for pair in (("base", "child"), ("child", "base")):
+        folders = [str(tmp_path / name) for name in pair]
+        laws.main(["compare", *folders])
+        assert "one goes on from the other" in capsys.readouterr().out
+        assert said(capsys, "compare", *folders, "--json")["ancestor"] is True
+    laws.main(["compare", str(tmp_path / "scratch"), str(tmp_path / "child")])
+    assert "one goes on" not in capsys.readouterr().out
 
 
 def test_table_feeds_fit_feeds_predict(tmp_path, capsys):
@@ -488,6 +513,16 @@ def test_plots_are_written(tmp_path, capsys):
     for name in ("fit", "plan", "compare"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_empty_columns_are_not_printed(tmp_path, capsys):
+    laws.main(["optimal", "chinchilla", "--flops", "1e20"])
+    laws.main(["plan", "--have-n", "1e9", "--have-d", "1e11", "--flops", "1e21"])
+    table = write_table(tmp_path / "runs.csv", synthetic("chinchilla"))
+    laws.main(["fit", "chinchilla", str(table)])
+    assert "95 %" not in capsys.readouterr().out
+    laws.main(["fit", "chinchilla", str(table), "--bootstrap", "20"])
+    assert "95 % interval" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -566,6 +601,15 @@ def test_bad_tables_are_refused_with_row_and_column_and_left_alone(tmp_path, cap
     line = refused(capsys, "fit", law, path, "--plot", tmp_path / "fit.png")
     assert all(word in line for word in says), line
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["runs.csv"]
+
+
+def test_a_refused_row_of_a_table_is_called_by_its_run(tmp_path, capsys):
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), run=[f"out/{i}" for i in range(60)])
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[5].replace("out/4", "out/again") + "\n")
+    assert "row 61 (out/again) repeats row 5 (out/4) in N, D, L" in refused(capsys, "fit", "chinchilla", path)
+    path.write_text(spoil(text, 3, "", "1e9,,3,out/2"))
+    assert "row 3 (out/2), column D" in refused(capsys, "fit", "chinchilla", path)
 
 
 def test_a_table_from_a_spreadsheet_is_read(tmp_path, capsys):
@@ -746,7 +790,33 @@ def test_a_folder_that_no_training_has_touched_is_skipped_and_named(tmp_path, ca
     assert len(answer["runs"]) == 1 and answer["skipped"] == [f"{tmp_path}/upcycled has no eval.csv"]
     for missing in (tmp_path / "upcycled", tmp_path / "nothing"):
         assert refused(capsys, "compare", tmp_path / "run", missing)
-    assert "no run below" in refused(capsys, "table", tmp_path / "upcycled")
+    line = refused(capsys, "table", tmp_path / "upcycled")
+    assert "no finished run below" in line and "upcycled has no eval.csv" in line
+
+
+@pytest.mark.parametrize("horizon", [{"tokens": 9.3e6}, {"flops": 9.3e15}, {"tokens_per_param": 9.3e4}])
+def test_an_interrupted_run_is_left_out_of_the_table_and_named(tmp_path, capsys, horizon):
+    """Steps of 1e6 tokens and a horizon of 9.3e6: nine steps."""
+    plan = {"tokens": None, "flops": None, "tokens_per_param": None, "batch_tokens": 10**6} | horizon
+    make_run(tmp_path / "whole", [], [5, 3], tokens=9e6, flops=9e15, plan=plan | {"schedule": "wsd"})
+    make_run(tmp_path / "whole/step-8", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "wsd"})
+    make_run(tmp_path / "begun", [], [5, 5], tokens=0, flops=0, plan=plan | {"schedule": "cosine"})
+    make_run(tmp_path / "flat", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "constant"})
+    laws.main(["table", str(tmp_path)])
+    printed = capsys.readouterr()
+    assert {Path(r["run"]).name for r in rows_of(printed.out)} == {"whole", "flat"}
+    for left_out in ("begun is left out: 0 %", "step-8 is left out: 86 %"):
+        assert left_out in printed.err
+    assert "begun is left out" in refused(capsys, "table", tmp_path / "begun")
+
+
+def test_fit_refuses_a_table_of_dense_models_and_mixtures(tmp_path, capsys):
+    for i, config in enumerate([None] * 3 + [MOE] * 2):
+        make_run(tmp_path / f"out/{i}", [], [5, 4 - i / 10], tokens=(i + 1) * 1e8, config=config)
+    laws.main(["table", str(tmp_path / "out")])
+    (tmp_path / "runs.csv").write_text(capsys.readouterr().out)
+    line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
+    assert "row 1 (" in line and "out/0) has E none K none, row 4 (" in line and "out/3) has E 8.0 K 2.0" in line
 
 
 def test_a_reader_that_leaves_early_ends_it_quietly():
