@@ -177,6 +177,7 @@ def get_parser():
     add = parser.add_argument_group("rhythm").add_argument
     add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
     add("--eval-every", type=number, help="steps between evaluations (default: a tenth of the run)")
+    add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
     add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
     return parser
@@ -473,7 +474,7 @@ def main(argv=None):
         fail(problem)
     if int(os.environ.get("LOCAL_RANK", 0)):
         corpora = data.prepare(args.data, tokenizer, quiet=True)
-    validation = [data.validation_windows(c, args.context) for c in corpora]
+    validation = [data.validation_windows(c, args.context, args.eval_tokens) for c in corpora]
     order_seed, sequence, read, notes = data.position(lineage, corpora, args.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], []
@@ -770,7 +771,7 @@ def main(argv=None):
     if code in (130, 143):
         say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
     if code == 0 and master:
-        summarise(out, corpora, args.context, final, bits, load, samples)
+        summarise(out, corpora, args, final, bits, load, samples)
         say(f"{time.time() - start_time:.0f} s in all")
     return code
 
@@ -793,12 +794,12 @@ def add_row(path, columns, row):
         csv.writer(f).writerow([row[c] for c in columns])
 
 
-def summarise(out, corpora, context, losses, bits, load, samples):
+def summarise(out, corpora, args, losses, bits, load, samples):
     """The end of a run on one screen: the loss against the n-gram ruler, the plot, the sample, what to do next."""
     print("\nvalidation loss            nats/token  bits/byte     1-gram  2-gram  3-gram counts of its training text")
     rulers = {}
     for c in corpora:
-        rulers[c.name] = ruler = data.ngram_losses(c, context)
+        rulers[c.name] = ruler = data.ngram_losses(c, args.context, args.eval_tokens)
         better = [n for n in (1, 2, 3) if losses[c.name] < ruler[n - 1]]
         verdict = f"below {better[-1]}-gram counts" if better else "above all of them: hardly trained"
         reached = f"{losses[c.name]:>10.4f} {bits(losses[c.name], c):>10.4f}"
