@@ -43,6 +43,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -223,11 +225,11 @@ def check_whole(folder):
             raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
 
 
-def settle(args, given, world):
+def settle(args, given, world, each=lambda block: None):
     """Checks the flags against each other and the folders they name, before any work starts.
 
     Returns (args with the parent's values filled in, Config, state of trainer.pt or None, lineage, tokenizer, module of
-    --init or None).
+    --init or None). each: what upcycling hands every finished block to.
     Raises ValueError or FileNotFoundError."""
     config = state = module = None
     lineage = []
@@ -296,7 +298,7 @@ def settle(args, given, world):
         if args.upcycle:
             experts, top_k = upcycle.parse(args.upcycle)
             recipe = dict(granularity=args.granularity, router=args.router, seed=args.seed)
-            module = upcycle.upcycle(module, experts, top_k, **recipe)
+            module = upcycle.upcycle(module, experts, top_k, each, **recipe)
             lineage = [*lineage, upcycle.lineage_step(experts, top_k, **recipe)]
         if args.stack:
             lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
@@ -401,23 +403,29 @@ def main(argv=None):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    # flags, devices, ranks
+    def shard(part):
+        if args.fsdp and not isinstance(part, FSDPModule):
+            fully_shard(part, mesh=mesh)
+
+    # flags, devices, ranks: these before the rest, as upcycling already shards
     try:
-        args, config, state, lineage, tokenizer, module = settle(args, given, world)
         device = model.pick_device(args.device)
         if args.fsdp and world == 1:
             raise ValueError("--fsdp shards over ranks, and there is one (start with torchrun --nproc-per-node N)")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", torch.cuda.current_device())
+        if world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
+        mesh = init_device_mesh(device.type, (world,)) if args.fsdp else None
+        each = (lambda block: None) if args.stack else shard  # a stack copies whole blocks
+        args, config, state, lineage, tokenizer, module = settle(args, given, world, each)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device = torch.device("cuda", torch.cuda.current_device())
     if args.resume and state["finished"]:
         say(f"{args.out} is finished: {state['step']} steps (more: python train.py --init {args.out} --tokens ...)")
         return 0
-    if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
     if args.dtype == "auto":
         args.dtype = "bfloat16" if fast_bf16(device) else "float32"
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -484,14 +492,8 @@ def main(argv=None):
         say(f"note: {note}")
 
     # shards or replicas, then the optimizer
-    if args.fsdp:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (world,))
-        for layer in module.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+    for part in (*module.model.layers, module):
+        shard(part)
     if compiled:
         for layer in module.model.layers:
             layer.compile()
