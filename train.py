@@ -270,7 +270,7 @@ def settle(args, given, world, each=lambda block: None):
         raise ValueError(f"--lr is {args.lr} and --min-lr {args.min_lr} (a rate above 0, and not below its minimum)")
     if not 0 < args.decay_fraction <= 1:
         raise ValueError(f"--decay-fraction is {args.decay_fraction} (above 0 and at most 1)")
-    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "save_every"):
+    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "eval_tokens", "save_every"):
         if getattr(args, name) == 0:
             raise ValueError(f"{flag(name)} is 0 (at least 1)")
 

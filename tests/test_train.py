@@ -358,6 +358,13 @@ def test_a_run_leaves_everything_that_the_readme_promises(here, texts, capsys):
     assert Path("out/run-2").exists()
 
 
+def test_eval_tokens_is_what_an_evaluation_reads(here, texts):
+    run(texts, "--tokens", 2560, "--eval-tokens", 320, "--out", "few")
+    corpus, module = data.prepare(str(texts / "a.txt"), data.load_tokenizer("few"))[0], model.load("few")
+    few, all = (module(*data.validation_windows(corpus, 32, most))[1].item() for most in (320, 10**6))
+    assert float(table("few/eval.csv")[-1]["a_loss"]) == pytest.approx(few, abs=2e-6) != pytest.approx(all, abs=1e-3)
+
+
 # ---- against transformers -------------------------------------------------------------------------------------------
 
 
