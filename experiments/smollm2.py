@@ -34,7 +34,7 @@ def folder(dst):
     module = LlamaForCausalLM(LlamaConfig(**config))
     module.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(str(package), **source)
-    # transformers reads every tokenizer of this kind as GPT-2's; SmolLM's lets digits stand alone, spaces before them too
+    # transformers takes it for GPT-2's; in SmolLM's a digit stands alone, without the space before it
     digits, gpt2 = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
     partial = Path(f"{dst}.partial")
