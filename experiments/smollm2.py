@@ -4,6 +4,8 @@
     python experiments/smollm2.py check DENSE FOLDER...  # in transformers: same logits, same answer
     python experiments/smollm2.py opens FOLDER           # in transformers: it computes, and prints what
     python experiments/smollm2.py curves NAME=RUN...     # their eval.csv side by side, as CSV
+
+check and opens compute in fp32; check leaves with 1 where a folder is not the dense one's function.
 """
 
 import csv
