@@ -82,7 +82,7 @@ BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PAC
 TESTS = {"test", "tests", "testing"}
 NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 VALIDATION = 0.05  # of the bytes
-EVAL_TOKENS = 131072  # of a validation part are evaluated at most
+EVAL_TOKENS = 131072  # of a validation part are evaluated at most, unless asked for otherwise
 MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits
 FORMAT = 2  # of the cache: another number, and every corpus is prepared again
 
@@ -521,11 +521,11 @@ def inputs_and_targets(rows):
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def validation_windows(corpus, context):
+def validation_windows(corpus, context, most=EVAL_TOKENS):
     """(ids, targets), int64 tensors (n, context): the same windows for every program, evenly spaced over the validation
-    part, at most EVAL_TOKENS tokens."""
+    part, at most so many tokens (but one window at least)."""
     windows = count_windows(len(corpus.val), context, f"the validation part of {corpus.name}")
-    n = min(windows, max(1, EVAL_TOKENS // context))
+    n = min(windows, max(1, most // context))
     starts = np.arange(n) * windows // n * context
     return inputs_and_targets([corpus.val[s : s + context + 1] for s in starts])
 
@@ -575,8 +575,8 @@ class Reader:
 def position(lineage, corpora, context, tokenizer):
     """Where a child reads on: the lineage in run.json -> (seed, sequence, read, notes).
 
-    `seed` is that of the first step that read text (None: there is none), as it decides the order. `sequence` and `read` are
-    those of `Reader`, counted from the last step backwards while context and tokenizer are those of the steps' settings
+    `seed` is that of the first step that read text (None: there is none): it decides the order. `sequence` and `read`
+    are those of `Reader`, counted from the last step backwards while context and tokenizer are those of the steps' settings
     (best `Tokenizer.key`: names change with folders), as others cut other windows. `notes`: what does not go on."""
     steps = [step for step in lineage if "data" in step]
     sequence, read, notes, changed = 0, Counter(), [], set()
@@ -601,7 +601,7 @@ def position(lineage, corpora, context, tokenizer):
 # The ruler by which a loss is read
 
 
-def ngram_losses(corpus, context):
+def ngram_losses(corpus, context, most=EVAL_TOKENS):
     """Losses of 1-, 2- and 3-gram counts, nats a token, on exactly the windows of `validation_windows`.
 
     Counts c of the training part (its first 2^24 tokens), smoothed as by Witten and Bell from the uniform distribution
@@ -609,7 +609,7 @@ def ngram_losses(corpus, context):
     tokens follow h. A history does not reach over the start of its window, as that of a model does not."""
     V = corpus.vocab_size
     text = np.array(corpus.train[: 2**24], np.uint64)
-    ids, targets = validation_windows(corpus, context)
+    ids, targets = validation_windows(corpus, context, most)
     rows = torch.cat([ids[:, :1], targets], 1).numpy().astype(np.uint64)  # (n, T + 1)
     p = np.full(targets.shape, 1 / V)  # of each target, (n, T)
     losses = []

@@ -46,6 +46,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -181,6 +183,7 @@ def get_parser():
     add = parser.add_argument_group("rhythm").add_argument
     add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
     add("--eval-every", type=number, help="steps between evaluations (default: a tenth of the run)")
+    add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
     add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
     return parser
@@ -226,11 +229,11 @@ def check_whole(folder):
             raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
 
 
-def settle(args, given, world):
+def settle(args, given, world, each=lambda block: None):
     """Checks the flags against each other and the folders they name, before any work starts.
 
     Returns (args with the parent's values filled in, Config, state of trainer.pt or None, lineage, tokenizer, module of
-    --init or None).
+    --init or None). each: what upcycling hands every finished block to.
     Raises ValueError or FileNotFoundError."""
     config = state = module = None
     lineage = []
@@ -271,7 +274,7 @@ def settle(args, given, world):
         raise ValueError(f"--lr is {args.lr} and --min-lr {args.min_lr} (a rate above 0, and not below its minimum)")
     if not 0 < args.decay_fraction <= 1:
         raise ValueError(f"--decay-fraction is {args.decay_fraction} (above 0 and at most 1)")
-    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "save_every"):
+    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "eval_tokens", "save_every"):
         if getattr(args, name) == 0:
             raise ValueError(f"{flag(name)} is 0 (at least 1)")
 
@@ -301,7 +304,7 @@ def settle(args, given, world):
         if args.upcycle:
             experts, top_k = upcycle.parse(args.upcycle)
             recipe = dict(granularity=args.granularity, router=args.router, seed=args.seed)
-            module = upcycle.upcycle(module, experts, top_k, **recipe)
+            module = upcycle.upcycle(module, experts, top_k, each, **recipe)
             lineage = [*lineage, upcycle.lineage_step(experts, top_k, **recipe)]
         if args.stack:
             lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
@@ -411,25 +414,31 @@ def main(argv=None):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    # flags, devices, ranks
+    def shard(part):
+        if args.fsdp and not isinstance(part, FSDPModule):
+            fully_shard(part, mesh=mesh)
+
+    # flags, devices, ranks: these before the rest, as upcycling already shards
     try:
-        args, config, state, lineage, tokenizer, module = settle(args, given, world)
         device = model.pick_device(args.device)
         if args.fsdp and world == 1:
             raise ValueError("--fsdp shards over ranks, and there is one (start with torchrun --nproc-per-node N)")
         if args.fsdp and args.mask_steps:
             raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", torch.cuda.current_device())
+        if world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
+        mesh = init_device_mesh(device.type, (world,)) if args.fsdp else None
+        each = (lambda block: None) if args.stack else shard  # a stack copies whole blocks
+        args, config, state, lineage, tokenizer, module = settle(args, given, world, each)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device = torch.device("cuda", torch.cuda.current_device())
     if args.resume and state["finished"]:
         say(f"{args.out} is finished: {state['step']} steps (more: python train.py --init {args.out} --tokens ...)")
         return 0
-    if world > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
     if args.dtype == "auto":
         args.dtype = "bfloat16" if fast_bf16(device) else "float32"
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -492,7 +501,7 @@ def main(argv=None):
         fail(problem)
     if int(os.environ.get("LOCAL_RANK", 0)):
         corpora = data.prepare(args.data, tokenizer, quiet=True)
-    validation = [data.validation_windows(c, args.context) for c in corpora]
+    validation = [data.validation_windows(c, args.context, args.eval_tokens) for c in corpora]
     order_seed, sequence, read, notes = data.position(lineage, corpora, args.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], []
@@ -502,14 +511,8 @@ def main(argv=None):
         say(f"note: {note}")
 
     # shards or replicas, then the optimizer
-    if args.fsdp:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (world,))
-        for layer in module.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+    for part in (*module.model.layers, module):
+        shard(part)
     if compiled:
         for layer in module.model.layers:
             layer.compile()
@@ -792,7 +795,7 @@ def main(argv=None):
     if code in (130, 143):
         say(f"stopped at step {step}; go on with: python train.py --resume --out {out}")
     if code == 0 and master:
-        summarise(out, corpora, args.context, final, bits, load, samples)
+        summarise(out, corpora, args, final, bits, load, samples)
         say(f"{time.time() - start_time:.0f} s in all")
     return code
 
@@ -815,12 +818,12 @@ def add_row(path, columns, row):
         csv.writer(f).writerow([row[c] for c in columns])
 
 
-def summarise(out, corpora, context, losses, bits, load, samples):
+def summarise(out, corpora, args, losses, bits, load, samples):
     """The end of a run on one screen: the loss against the n-gram ruler, the plot, the sample, what to do next."""
     print("\nvalidation loss            nats/token  bits/byte     1-gram  2-gram  3-gram counts of its training text")
     rulers = {}
     for c in corpora:
-        rulers[c.name] = ruler = data.ngram_losses(c, context)
+        rulers[c.name] = ruler = data.ngram_losses(c, args.context, args.eval_tokens)
         better = [n for n in (1, 2, 3) if losses[c.name] < ruler[n - 1]]
         verdict = f"below {better[-1]}-gram counts" if better else "above all of them: hardly trained"
         reached = f"{losses[c.name]:>10.4f} {bits(losses[c.name], c):>10.4f}"

@@ -43,7 +43,8 @@ def run(seeds, out):
 def show():
     curves, seeds = read(TABLE)
     print(f"| D2, D1 = {D1 / M:.1f} M, seeds {', '.join(seeds)} | {ON} | {UP} | {SCRATCH} |"
-          " upcycled - dense, equal tokens | equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, D1 counted |\n|" + "---|" * 8)  # fmt: skip
+          " upcycled - dense, equal tokens | equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, D1 counted |")
+    print("|" + "---|" * 8)
     for i, (tokens, _, _) in enumerate(curves[UP, seeds[0]]):
         up = [curves[UP, s][i] for s in seeds]
         on, scratch = ([curves[name, s] for s in seeds] for name in (ON, SCRATCH))

@@ -568,6 +568,9 @@ def test_validation_windows_are_fixed_and_evenly_spaced():
     assert ids.shape == (data.EVAL_TOKENS // 100, 100) and torch.equal(ids, data.validation_windows(corpus, 100)[0])
     assert torch.equal(ids[:, 1:], targets[:, :-1])
     assert ids[0].tolist() == corpus.val[:100].tolist()
+    few = data.validation_windows(corpus, 100, 1000)[0]
+    assert few.shape == (10, 100) and [row[0].item() for row in few[:2]] == [corpus.val[0], corpus.val[29_900]]
+    assert data.validation_windows(corpus, 100, 1)[0].shape == (1, 100)
     small = toy("a", 4 * 1000)
     assert data.validation_windows(small, 100)[0].shape == (9, 100)
     for call in (lambda: data.validation_windows(small, 1000), lambda: data.Reader([small], 4000, 1)):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +26,7 @@ import data
 import grow
 import model
 import train
+import upcycle
 
 ROOT = Path(train.__file__).parent
 TINY = "--hidden-size 32 --num-hidden-layers 2 --context 32 --batch-tokens 256 --dtype float32 --log-every 5".split()
@@ -215,6 +217,42 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     run(texts, "--resume", "--out", "shards")  # the checkpoint knows nothing of shards
 
 
+WATCHED = """
+import gc, sys
+import torch
+import train, upcycle
+
+def whole():  # expert tensors that are made, and of which this rank holds more than its shard
+    return sum(type(t) is torch.nn.Parameter and t.dim() == 3 and not t.is_meta for t in gc.get_objects())
+
+def pieces(name, read, r):
+    most[0] = max(most[0], whole())
+    return original(name, read, r)
+
+most, original, upcycle.pieces = [0], upcycle.pieces, pieces
+assert train.main(sys.argv[1:]) == 0
+print("most:", most[0], flush=True)
+"""
+
+
+def test_under_fsdp_a_layer_is_upcycled_and_sharded_before_the_next(here, texts):
+    run(texts, "--tokens", 256, "--num-hidden-layers", 4, "--out", "parent")
+    upcycle.upcycle_folder("parent", "folder", 4, 2, granularity=2)
+    Path("watched.py").write_text(WATCHED)
+    flags = "--init parent --upcycle 4x2 --granularity 2 --batch-tokens 256 --tokens 256 --lr 1e-30".split()
+    most = {}
+    for out, more in (("replicas", []), ("shards", ["--fsdp"])):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py"]
+        env = CAPTURE | dict(env=ENV | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run([*start, *flags, *more, "--out", out], **env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        most[out] = {int(n) for n in re.findall(r"most: (\d+)", done.stdout)}
+    assert most == {"replicas": {8}, "shards": {0}}  # two tensors in each of four layers; all but their shards gone
+    whole, one, two = (load_file(f"{name}/model.safetensors") for name in ("folder", "replicas", "shards"))
+    assert whole.keys() == one.keys() == two.keys()  # and so small a rate moves no bit
+    assert all(torch.equal(whole[n], one[n]) and torch.equal(whole[n], two[n]) for n in whole)
+
+
 def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(here, texts):
     done = subprocess.run(command(texts, "--lr", "-1", torchrun=2), **CAPTURE)
     assert done.stderr.count("train.py: error:") >= 1 and done.returncode
@@ -351,6 +389,13 @@ def test_a_run_leaves_everything_that_the_readme_promises(here, texts, capsys):
     assert row["mfu"] == "" and float(row["router_entropy"]) > 0 and float(row["dropped"]) == 0
     run(texts, "--tokens", 2560)
     assert Path("out/run-2").exists()
+
+
+def test_eval_tokens_is_what_an_evaluation_reads(here, texts):
+    run(texts, "--tokens", 2560, "--eval-tokens", 320, "--out", "few")
+    corpus, module = data.prepare(str(texts / "a.txt"), data.load_tokenizer("few"))[0], model.load("few")
+    few, all = (module(*data.validation_windows(corpus, 32, most))[1].item() for most in (320, 10**6))
+    assert float(table("few/eval.csv")[-1]["a_loss"]) == pytest.approx(few, abs=2e-6) != pytest.approx(all, abs=1e-3)
 
 
 # ---- against transformers -------------------------------------------------------------------------------------------
