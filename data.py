@@ -576,8 +576,8 @@ def position(lineage, corpora, context, tokenizer):
     """Where a child reads on: the lineage in run.json -> (seed, sequence, read, notes).
 
     `seed` is that of the first step that read text (None: there is none): it decides the order. `sequence` and `read`
-    are those of `Reader`, counted from the last step backwards while context and tokenizer are those of the steps' settings
-    (best `Tokenizer.key`: names change with folders), as others cut other windows. `notes`: what does not go on."""
+    are those of `Reader`, counted from the last step backwards while context and tokenizer are those of the steps'
+    settings (best `Tokenizer.key`: names change with folders), as others cut other windows. `notes`: what does not."""
     steps = [step for step in lineage if "data" in step]
     sequence, read, notes, changed = 0, Counter(), [], set()
     now = {"context": context, "tokenizer": tokenizer}

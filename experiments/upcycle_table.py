@@ -43,7 +43,7 @@ def run(seeds, out):
 def show():
     curves, seeds = read(TABLE)
     print(f"| D2, D1 = {D1 / M:.1f} M, seeds {', '.join(seeds)} | {ON} | {UP} | {SCRATCH} |"
-          " upcycled - dense, equal tokens | equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, D1 counted |")
+          " upcycled - dense, equal tokens | equal FLOPs | upcycled - scratch, equal tokens | equal FLOPs, with D1 |")
     print("|" + "---|" * 8)
     for i, (tokens, _, _) in enumerate(curves[UP, seeds[0]]):
         up = [curves[UP, s][i] for s in seeds]
