@@ -2,11 +2,12 @@
 How much slower is a mixture of experts than the dense layer with the same arithmetic?
 
 Forward and backward of one layer, alternating in one process: the dense SwiGLU layer of width K F, moe.MoE, and, if
-installed, the expert layers of transformers. Every round draws new tokens, so that no layer profits from group sizes
-it has seen. A row prints the median and the fastest round, the ratio dense / MoE of the medians (1.00: routing is free)
-and the memory kept for the backward pass, parameters aside. No ratio is printed for a layer whose output or gradients
-are not those of moe.reference in float32: 2e-2 for ours, 0.2 for the public layers, which in bfloat16 round the logits
-before they choose, and so choose other experts where two are nearly equal.
+installed, the expert layers of transformers. Every round draws new tokens for each layer, so that none profits from
+group sizes that it, or the layer timed before it, has seen: a CPU compiles its bfloat16 products for each. A row prints
+the median and the fastest round, the ratio dense / MoE of the medians (1.00: routing is free) and the memory kept for
+the backward pass, parameters aside. No ratio is printed for a layer whose output or gradients are not those of
+moe.reference in float32: 2e-2 for ours, 0.2 for the public layers, which in bfloat16 round the logits before they
+choose, and so choose other experts where two are nearly equal.
 
     python experiments/bench_moe.py                         # bfloat16 weights; on a GPU, if there is one, compiled
     python experiments/bench_moe.py --autocast              # float32 weights under bfloat16 autocast, as in training
@@ -132,9 +133,8 @@ def bench(args, shape, device):
             error[name] = max(((got[n].float() - w).norm() / w.norm()).item() for n, w in want.items())
     seconds = {name: [] for name in forms}
     for _ in range(args.rounds):
-        x, dy = draw(), draw()
         for name, form in forms.items():
-            seconds[name].append(run(form, x, dy, args.autocast)[0])
+            seconds[name].append(run(form, draw(), draw(), args.autocast)[0])
     median = {name: statistics.median(t) for name, t in seconds.items()}
     print(f"\nE {E} K {K} G {G} {router}: {E * G} experts of width {width // G}, {K * G} a token")
     for name in forms:
