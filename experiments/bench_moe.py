@@ -2,15 +2,16 @@
 How much slower is a mixture of experts than the dense layer with the same arithmetic?
 
 Forward and backward of one layer, alternating in one process: the dense SwiGLU layer of width K F, moe.MoE, and, if
-installed, the expert layers of transformers. Every round draws new tokens, so that no layer profits from group sizes
-it has seen. A row prints the median and the fastest round, the ratio dense / MoE of the medians (1.00: routing is free)
-and the memory kept for the backward pass, parameters aside. No ratio is printed for a layer whose output or gradients
-are not those of moe.reference in float32: 2e-2 for ours, 0.2 for the public layers, which in bfloat16 round the logits
-before they choose, and so choose other experts where two are nearly equal.
+installed, the expert layers of transformers. Every round draws new tokens for each layer, so that none profits from
+group sizes that it, or the layer timed before it, has seen: a CPU compiles its bfloat16 products for each. A row prints
+the median and the fastest round, the ratio dense / MoE of the medians (1.00: routing is free) and the memory kept for
+the backward pass, parameters aside. No ratio is printed for a layer whose output or gradients are not those of
+moe.reference in float32: 2e-2 for ours, 0.2 for the public layers, which in bfloat16 round the logits before they
+choose, and so choose other experts where two are nearly equal.
 
     python experiments/bench_moe.py                         # bfloat16 weights; on a GPU, if there is one, compiled
     python experiments/bench_moe.py --autocast              # float32 weights under bfloat16 autocast, as in training
-    OMP_NUM_THREADS=1 python experiments/bench_moe.py       # on a busy machine: no thread has to wait for another
+    OMP_NUM_THREADS=1 python experiments/bench_moe.py       # on a busy machine: one thread, its processor time
 """
 
 import argparse
@@ -68,6 +69,11 @@ def public_layers(D, width, E, K, G, router):
     return layers
 
 
+def alone(device):
+    """One CPU thread: then processor time is the time, less what other programs take."""
+    return torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+
+
 def run(layer, x, dy, autocast):
     """Seconds of forward and backward, the output, and the gradient of x. Parameters have theirs in .grad."""
     x = x.detach().requires_grad_()
@@ -75,13 +81,14 @@ def run(layer, x, dy, autocast):
         p.grad = None
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     wait()
-    start = time.perf_counter()
+    clock = time.process_time if alone(x.device) else time.perf_counter
+    start = clock()
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
         y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
     y.backward(dy.to(y.dtype))
     wait()
-    return time.perf_counter() - start, y.detach(), x.grad
+    return clock() - start, y.detach(), x.grad
 
 
 def kept_bytes(layer, x, autocast):
@@ -132,9 +139,8 @@ def bench(args, shape, device):
             error[name] = max(((got[n].float() - w).norm() / w.norm()).item() for n, w in want.items())
     seconds = {name: [] for name in forms}
     for _ in range(args.rounds):
-        x, dy = draw(), draw()
         for name, form in forms.items():
-            seconds[name].append(run(form, x, dy, args.autocast)[0])
+            seconds[name].append(run(form, draw(), draw(), args.autocast)[0])
     median = {name: statistics.median(t) for name, t in seconds.items()}
     print(f"\nE {E} K {K} G {G} {router}: {E * G} experts of width {width // G}, {K * G} a token")
     for name in forms:
@@ -166,7 +172,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() + ", compiled" if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {'bfloat16 autocast' if args.autocast else 'bfloat16 weights'}, "
-          f"T {args.tokens} D {args.hidden_size} F {args.intermediate_size}, forward + backward, {args.rounds} rounds\n"
+          f"T {args.tokens} D {args.hidden_size} F {args.intermediate_size}, forward + backward, "
+          f"{args.rounds} rounds of {'processor' if alone(device) else 'wall'} time\n"
           f"  {'layer':22}{'median ms':>9}{'min ms':>9}{'ratio':>8}{'kept MB':>9}{'error':>10}")  # fmt: skip
     for row in args.rows:
         torch.manual_seed(0)

@@ -55,6 +55,8 @@ SHAPES = {  # T, D, E, K, width of an expert, experts in use
     "one token, one choice": (1, 16, 8, 1, 24, None),
     "empty experts": (40, 32, 16, 2, 24, 3),
     "one expert takes all": (40, 32, 8, 1, 24, 1),
+    "groups filled up": (500, 32, 4, 2, 24, 3),
+    "groups filled up, one choice": (500, 32, 4, 1, 24, None),
 }
 
 
@@ -132,6 +134,18 @@ def test_ties_go_to_the_lower_index(router):
     assert (teams == teams[:, :, :1] + torch.arange(4)).all() and (teams[:, :, 0] % 4 == 0).all()
     torch.nn.init.zeros_(m.gate.weight)
     assert (m.route(torch.randn(500, 32))[1] == torch.arange(16)).all()
+
+
+@pytest.mark.parametrize("E", [2, 8, 64, 300])
+def test_a_single_choice_among_equals_is_the_first_of_the_stable_sort(E):
+    m, x = layer(E=E, K=1, router="softmax-topk"), torch.randint(-2, 3, (500, 32)).float()
+    with torch.no_grad():
+        m.gate.weight.copy_(torch.randint(-1, 2, (E, 32)))  # small whole logits: exact, and often equal
+    one = m.route(x)[1]
+    m.top_k = 2
+    two = m.route(x)[1]
+    logit_TE = x @ m.gate.weight.T
+    assert (one == two[:, :1]).all() and (logit_TE.gather(1, two).diff(dim=1) == 0).any()
 
 
 @BOTH
