@@ -1,7 +1,6 @@
 """Growing: a trained small model becomes a deeper or a wider one, in one step.
 
 Du et al., "Stacking Your Transformers" (2405.15319), sort the ways of growing into four operators, each along two axes.
-Two of them are here, direct and zero; random (new parts behind a mask that opens) and learn (LiGO) are not here yet.
 Growth in depth is one list of layer indices; growth in width is one matrix identity an operator.
 
 Depth. Layer i of the grown model is layer `layers[i]` of the small one. The share of neighbours that were neighbours
@@ -15,30 +14,49 @@ before is the connection retention, the paper's R_c:
     direct --layers 0-23,8-31          0 ... 23 8 ... 31                   97.9 %   SOLAR (2312.15166)
     zero   --factor 1.25               0123 3' 4567 7'                     77.8 %   LLaMA-Pro (2401.02415)
     zero   --factor 2                  00' 11' 22'                         40.0 %   G_zero
+    random --factor 2                  0*  1*  2*                                   * a block of random numbers
+    learn  --factor 2                  012345: each a sum over 012                  LiGO (2303.00980)
 
 Direct is not the small model's function and starts with a higher loss; the paper finds it the best of all even so
 (scratch costs 49 % more FLOPs to the same loss, at 1.1 B parameters), and interpolation worse in the end. In zero, a
 block marked ' is a copy that adds nothing yet: its o_proj and every down_proj are 0. What these read is not 0, so they
-learn from the first step (a gain of 0 would leave nothing to learn from). `--layers` with zero: later copies are '.
+learn from the first step (a gain of 0 would leave nothing to learn from). `--layers` with zero and random: the later
+ones of equal indices are the new blocks.
 
 Width. d becomes D = k d: hidden size, heads, key-value heads and MLP grow by one factor k, `--factor`; head_dim,
-vocabulary and number of experts stay. Both keep the function (logits within 1e-5 in fp32, 1e-10 in fp64):
+vocabulary and number of experts stay.
 
     direct  x' = [x, x]   W' = [[a1 W, (1 - a1) W], [a2 W, (1 - a2) W]]   gain' = [gain, gain]            k = 2, 3, ...
     zero    x' = [x, 0]   W' = [[W, A], [0, C]]   gain' = [gain / sqrt(k), 1]   eps' = eps / k       sizes stay whole
+    random  x' = [x, 0]   W' = [[W, c A], [c B, c C]]   gain' = sqrt(open / D) [gain, 1]   eps' = eps / k
+    learn   x' = B x      W' = B_out W B_in^T           gain' = B gain
 
 Direct copies what a matrix puts out and divides what it reads; the shares a are drawn for every entry. One share for
 all would give copies proportional gradients, and Adam, blind to scale, would keep them copies. In zero, new dimensions
-write to old ones (A), but old ones not yet to new; A and C are random with the root mean square of W.
+write to old ones (A), but old ones not yet to new. A, B and C are random with the root mean square of W.
+
+Direct in width, zero, and random as long as c is 0 keep the function: logits within 1e-5 in fp32, 1e-10 in fp64.
+
+Random hides what it adds behind a mask c (MSG, 2305.02869): y = x + c f(x) for a new block, so c stands on its o_proj
+and down_proj; in width on every entry with a new row or a new column, as new heads and neurons write to old dimensions
+too. `grow.py` writes a folder at c = 0, which holds nothing random that counts; `train.py --init FOLDER --mask-steps N`
+draws it from the seed in run.json, and c rises from 0 to 1 in N updates (`Mask`). The norms are over the open
+dimensions, open = d + c (D - d): RMSNorm over all D times sqrt(open / D). A folder saved in between holds c x raw.
+
+Learn takes a few steps of Adam on the maps (not SGD, as LiGO), on real text, then forgets them. In depth each of a
+block's matrices has its own weights over the old layers, at the start the stack plus noise. In width one B stands for
+the residual stream, others for each layer's MLP and heads, at the start [I; noise]; o_proj reads by the map of v_proj.
 
 What the papers do not say, or print otherwise:
 - Direct's gain is printed as sqrt(d/D) [gain, gain]. Copies do not change the root mean square: that factor makes all
   that a block reads too small, by sqrt(k). If D is no multiple of d no gain is exact: refused.
 - Zero's gain, sqrt(d/D), is right as printed (the official code has d/D), and exact only with eps' = eps d/D.
-- QK-norm has that eps too, while heads keep their size: zero also scales q_proj and k_proj by sqrt(d/D).
+- QK-norm has that eps too, while heads keep their size: zero and random also scale q_proj and k_proj by sqrt(d/D).
 - A tied embedding cannot be copied and divided at once: direct divides the last norm's gain in place of the head.
 - A router's rows all get the same shares: equal ones (after upcycling) stay so, ties go to the same expert.
-- Products do not fit into bf16 (0.04 on the logits): width writes fp32. Depth copies, in the source's dtype.
+- LiGO has no rotary positions and no groups: here a head is mapped whole, so that rotary pairs stay pairs. Its head is
+  printed as W B: it is W B^T.
+- Products do not fit into bf16 (0.04 on the logits): width and learn write fp32. Depth copies, in the source's dtype.
 
 The paper's factor g is a ratio of parameters without embeddings: `--factor` for depth, about its square for width.
 When to grow, and by how much: `python laws.py optimal stacking --N 8e9 --D 15e12`. The optimizer starts new.
@@ -50,6 +68,8 @@ Left out on purpose: several hops (worse than one, says the paper), a factor of 
     python grow.py SRC DST --axis depth --operator direct --layers 0-23,8-31   # SOLAR: ranges include both ends
     python grow.py SRC DST --axis depth --operator zero --factor 1.25          # LLaMA-Pro: blocks that add nothing yet
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
+    python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
+    python grow.py SRC DST --axis depth --operator learn --factor 2            # LiGO; reads the text SRC has read
 
 Try:
   1. `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base`, then stack it (--factor 2), interpolate it
@@ -87,7 +107,7 @@ AXES, OPERATORS = ("depth", "width"), ("direct", "zero", "random", "learn")
 SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
 WRITERS = ("o_proj", "down_proj", "w2")  # the matrices through which a block writes to the residual stream
 FIXED = ("embed_tokens", "lm_head", "gate")  # rows are words or experts: their number does not grow
-LEARN_RATE = 3e-3
+LEARN_RATE = 2e-3
 
 
 def whole(name, size, factor):
@@ -258,47 +278,41 @@ class Mask:
     draw: draw the raw weights behind the mask (not if `module` holds them, as in a resumed run)."""
 
     def __init__(self, module, step, steps, draw=True):
-        self.module, self.steps, self.masked = module, steps, []
+        self.module, self.steps, self.masked, closed = module, steps, [], {}
         self.share = torch.zeros_like(module.lm_head.weight[0, 0])  # c, how far the mask is open
-        state = module.state_dict()
-        closed = {name: self.added(name, t, step) for name, t in state.items()}
+        for name in (state := module.state_dict()):
+            closed[name] = self.prepare(name, state, step, draw)
         if module.config.tie_word_embeddings:
             closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
         for name in state:
-            if draw:
-                self.draw(name, state, closed[name], step)
             if closed[name].any():
                 owner, _, attribute = name.rpartition(".")
                 opening = Opening(closed[name], self.share, 1 / step["factor"])
                 parametrize.register_parametrization(module.get_submodule(owner), attribute, opening)
                 self.masked.append((module.get_submodule(owner), attribute))
 
-    def added(self, name, t, step):
-        """True where operator random has added an entry that the mask closes, in the shape of parameter `name`."""
-        mask = torch.zeros_like(t, dtype=torch.bool)
-        for public, part in model.public_tensors(self.module.config, {name: mask}):
-            matrix, k = place(public)[0], step["factor"]
+    def prepare(self, name, state, step, draw):
+        """A mask of parameter `name`: True on what operator random added. There, if asked, raw numbers are drawn:
+        normal ones as large as those they join. Gains lose the factor sqrt(d / D), new ones are 1."""
+        closed, k, layers = torch.zeros_like(state[name], dtype=torch.bool), step["factor"], step["layers"]
+        parts = (model.public_tensors(self.module.config, {name: t}) for t in (state[name], closed))
+        for (public, raw), (_, new) in zip(*parts):
+            matrix, layer, expert = place(public)
             if step["axis"] == "depth":
-                part[:] = origin(public, step["layers"])[1] and matrix in WRITERS
+                new[:] = origin(public, layers)[1] and matrix in WRITERS
             elif matrix not in ("q_norm", "k_norm"):
-                part[..., round(part.shape[-1] / k) :] = True  # new columns, or gains
-                if part.dim() > 1 and matrix not in FIXED:
-                    part[round(len(part) / k) :] = True
-        return mask
-
-    def draw(self, name, state, closed, step):
-        """Raw weights: behind the mask normal numbers of the size of the old ones, gains of 1 times sqrt(open / D)."""
-        c, parts = self.module.config, dict(model.public_tensors(self.module.config, {name: closed}))
-        for public, raw in model.public_tensors(c, {name: state[name]}):
-            new, (matrix, layer, expert) = parts[public], place(public)
-            if new.any() and raw.dim() == 1:
-                raw *= math.sqrt(step["factor"])
+                new[..., round(new.shape[-1] / k) :] = True  # columns, or gains
+                if new.dim() > 1 and matrix not in FIXED:
+                    new[round(len(new) / k) :] = True  # rows
+            if draw and raw.dim() == 1 and new.any():
+                raw *= math.sqrt(k)
                 raw[new] = 1
-            elif new.any():
-                first = step["layers"] and step["layers"].index(step["layers"][layer])
-                old = raw[~new] if first is None else state[name.replace(f".{layer}.", f".{first}.", 1)]
-                fresh = model.normal(raw.shape, rms(old), step["seed"], layer, expert, f"grow {matrix}")
-                raw[new] = fresh.to(raw)[new]
+            elif draw and new.any():
+                first = name.replace(f".{layer}.", f".{layers.index(layers[layer])}.", 1) if layers else None
+                std = rms(state[first] if layers else raw[~new])
+                fresh = model.normal(raw.shape, std, step["seed"], layer, expert, f"grow {matrix}").to(raw)
+                raw[new] = fresh[new]
+        return closed
 
     def open(self, step):
         """What the mask is after `step` updates: c = step / steps. Wholly open, it is folded into the weights."""
@@ -414,8 +428,7 @@ def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN
         new.load_state_dict({n: t.clone() for n, t in combine().items()}, assign=True)
     if big.tie_word_embeddings:
         new.lm_head.weight = new.model.embed_tokens.weight
-    return new.requires_grad_().train(module.training)
-
+    return new.train(module.training)
 
 
 # ---- a folder -------------------------------------------------------------------------------------------------------
