@@ -535,7 +535,8 @@ def main(argv=None):
                     optimizer.state[p][k] = distribute_tensor(t, p.device_mesh, p.placements)
 
     def whole(t):
-        return (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
+        t = t.full_tensor() if isinstance(t, DTensor) else t  # all ranks take part, and one has use for it
+        return t.detach().cpu() if master else None
 
     def mean_over_ranks(t):
         if world > 1:

@@ -39,7 +39,7 @@ for init in "$dense" "$mixture"; do
     else
         python train.py --init "$init" --data english --context $CONTEXT --tokens $((STEPS * BATCH)) \
             --batch-tokens $BATCH --micro-batch $MICRO --lr $RATE --warmup $WARMUP --eval-every $EVAL_EVERY \
-            --eval-tokens $EVAL_TOKENS --log-every 1 --save-every $STEPS --out "$run" --overwrite
+            --eval-tokens $EVAL_TOKENS --log-every 1 --save-every $EVAL_EVERY --out "$run" --overwrite
     fi
 done
 python experiments/smollm2.py curves dense="$dense-trained" mixture="$mixture-trained" | tee experiments/smollm2.csv
