@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -27,12 +26,6 @@ NASTY = r"a b A é ß ñ Ж 中 文 の ா ि 한 🙂 ﬁ ſ ' 's 'S 'LL 'ſ 
 NASTY = [*NASTY.split(" "), "<|endoftext|>", "!\n", "\n", "\r", "\r\n", "\n\n ", "\t", "\v", "\f", "\x1c", "\x85"]
 NASTY += ["\xa0", "\u2003", "\u2028", "\u200b", "e\u0301", "\u0301", "\ufeff", "\U0001f469\u200d\U0001f467", "   "]
 
-
-def transformers():
-    """The library, or a skip; with REGROW_NO_SKIP=1 a failure."""
-    if os.environ.get("REGROW_NO_SKIP") == "1":
-        return importlib.import_module("transformers")
-    return pytest.importorskip("transformers")
 
 
 @functools.cache
@@ -87,9 +80,9 @@ def without_special(texts, tokenizer):
     return [t for t in texts if tokenizer.bpe is None or not any(s in t for s in tokenizer.bpe._special_tokens)]
 
 
-def assert_same_ids(tokenizer, folder):
+def assert_same_ids(tokenizer, folder, transformers):
     """`transformers` opens the folder and agrees about every text without special tokens in it, and back."""
-    public = transformers().AutoTokenizer.from_pretrained(folder)
+    public = transformers.AutoTokenizer.from_pretrained(folder)
     texts = without_special(real_texts(), tokenizer)
     if tokenizer is BYTES:
         texts = [t for t in texts if len(t) < 9999]
@@ -101,34 +94,34 @@ def assert_same_ids(tokenizer, folder):
 
 
 @pytest.mark.parametrize("family", [None, "llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
-def test_saved_bytes_tokenizer_gives_the_same_ids_in_transformers(tmp_path, family):
+def test_saved_bytes_tokenizer_gives_the_same_ids_in_transformers(tmp_path, family, transformers):
     BYTES.save(tmp_path)
     if family:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    public = assert_same_ids(BYTES, tmp_path)
+    public = assert_same_ids(BYTES, tmp_path, transformers)
     assert public.encode("a\0b") == [97, 0, 98]
     assert data.load_tokenizer(str(tmp_path)) == BYTES
 
 
-def test_saved_tiktoken_encodings_give_the_same_ids_in_transformers(tmp_path, monkeypatch):
+def test_saved_tiktoken_encodings_give_the_same_ids_in_transformers(tmp_path, monkeypatch, transformers):
     for tokenizer in public_encodings(monkeypatch):
         folder = tmp_path / tokenizer.name
         folder.mkdir()
         tokenizer.save(folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        assert_same_ids(tokenizer, folder)
+        assert_same_ids(tokenizer, folder, transformers)
         again = data.load_tokenizer(str(folder))
         assert (again.key, again.vocab_size, again.eot) == (tokenizer.key, tokenizer.vocab_size, tokenizer.eot)
 
 
-def test_rank_file_is_split_as_llama3_and_saved_for_transformers(tmp_path):
+def test_rank_file_is_split_as_llama3_and_saved_for_transformers(tmp_path, transformers):
     file = tmp_path / "tokenizer.model"
     file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in RANKS.items()))
     tokenizer = data.load_tokenizer(str(file))
     assert (tokenizer.vocab_size, tokenizer.eot) == (len(RANKS) + 1, len(RANKS))
     assert data.load_tokenizer(str(tmp_path)).key == tokenizer.key  # the folder of Meta's own release
     tokenizer.save(tmp_path)
-    assert_same_ids(tokenizer, tmp_path)
+    assert_same_ids(tokenizer, tmp_path, transformers)
     assert data.load_tokenizer(str(tmp_path)).key == tokenizer.key
 
 
@@ -170,11 +163,11 @@ def write_public(folder, splitter, norm, **changes):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_public_tokenizer_json_gives_the_same_ids_as_transformers(tmp_path, layout):
+def test_public_tokenizer_json_gives_the_same_ids_as_transformers(tmp_path, layout, transformers):
     write_public(tmp_path, *LAYOUTS[layout])
     tokenizer = data.load_tokenizer(str(tmp_path))
     assert (tokenizer.vocab_size, tokenizer.eot) == (702, 700)
-    assert_same_ids(tokenizer, tmp_path)
+    assert_same_ids(tokenizer, tmp_path, transformers)
 
 
 REFUSED = {
@@ -210,7 +203,7 @@ def test_sentencepiece_and_unknown_tokenizers_are_refused(tmp_path):
         data.load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
-def test_bytes_without_a_token_are_dropped_as_transformers_does(tmp_path):
+def test_bytes_without_a_token_are_dropped_as_transformers_does(tmp_path, transformers):
     """SmolLM2 has no token for 21 of the bytes."""
     write_public(tmp_path, *LAYOUTS["smollm"])
     public = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -219,7 +212,7 @@ def test_bytes_without_a_token_are_dropped_as_transformers_does(tmp_path):
     tokenizer = data.load_tokenizer(str(tmp_path))
     assert tokenizer.vocab_size == 702
     assert tokenizer.decode(tokenizer.encode(["ring \a bell"])[0]) == "ring  bell"
-    theirs = transformers().AutoTokenizer.from_pretrained(tmp_path).encode("ring \a bell")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).encode("ring \a bell")
     assert theirs == tokenizer.encode(["ring \a bell"])[0].tolist()
 
 

@@ -1,6 +1,5 @@
 """Growing keeps the function where it promises to, copies bit for bit where it stacks, and refuses the rest by name."""
 
-import importlib
 import json
 import os
 import re
@@ -65,12 +64,6 @@ def logits(module, ids=IDS):
 def settings(**how):
     return dict(axis="depth", operator="direct", factor=2, layers=None, seed=1) | how
 
-
-def hub():
-    """transformers, or a skipped test; in continuous integration (REGROW_NO_SKIP=1) its absence is a failure."""
-    if not os.environ.get("REGROW_NO_SKIP"):
-        pytest.importorskip("transformers")
-    return importlib.import_module("transformers")
 
 
 # ---- the function ---------------------------------------------------------------------------------------------------
@@ -389,8 +382,7 @@ def test_what_is_larger_than_a_shard_is_written_in_shards(tmp_path):
 
 @pytest.mark.parametrize("how", ALL)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
-def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path):
-    transformers = hub()
+def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path, transformers):
     more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
     if kind == "mixtral":
         more |= dict(num_local_experts=4, num_experts_per_tok=2)

@@ -1,8 +1,6 @@
 """The transformer against `transformers` and against itself, its folder against the ways in which it can be broken."""
 
-import importlib
 import json
-import os
 
 import pytest
 import torch
@@ -44,19 +42,13 @@ def make(name, seed=1, **more):
     return module.eval()
 
 
-def hub():
-    """transformers, or a skipped test; in continuous integration (REGROW_NO_SKIP=1) its absence is a failure."""
-    if not os.environ.get("REGROW_NO_SKIP"):
-        pytest.importorskip("transformers")
-    return importlib.import_module("transformers")
-
 
 IDS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_those_of_transformers_on_the_same_folder(name, tmp_path):
-    transformers, ours = hub(), make(name)
+def test_logits_equal_those_of_transformers_on_the_same_folder(name, tmp_path, transformers):
+    ours = make(name)
     model.save(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert theirs.config.model_type == name.split(",")[0]
@@ -65,8 +57,7 @@ def test_logits_equal_those_of_transformers_on_the_same_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
-def test_folders_that_transformers_writes_are_read(kind, tmp_path):
-    transformers = hub()
+def test_folders_that_transformers_writes_are_read(kind, tmp_path, transformers):
     more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
     if kind == "mixtral":
         more |= dict(num_local_experts=4, num_experts_per_tok=2)
@@ -96,8 +87,8 @@ def test_cache_gives_the_same_greedy_text_as_none(name):
     assert len(with_cache) == 20
 
 
-def test_greedy_text_equals_that_of_transformers(tmp_path):
-    transformers, ours = hub(), make("qwen3, grouped, tied, wide")
+def test_greedy_text_equals_that_of_transformers(tmp_path, transformers):
+    ours = make("qwen3, grouped, tied, wide")
     model.save(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     text = theirs.generate(IDS[:1, :9], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -401,15 +401,8 @@ def test_eval_tokens_is_what_an_evaluation_reads(here, texts):
 # ---- against transformers -------------------------------------------------------------------------------------------
 
 
-def hub():
-    if not os.environ.get("REGROW_NO_SKIP"):
-        pytest.importorskip("transformers")
-    return importlib.import_module("transformers")
-
-
 @pytest.mark.parametrize("extra", [[], ["--no-qk-norm"], [*MOE]], ids=["qwen3", "llama", "mixture"])
-def test_eval_csv_equals_the_loss_of_transformers_on_the_same_windows(here, texts, extra):
-    transformers = hub()
+def test_eval_csv_equals_the_loss_of_transformers_on_the_same_windows(here, texts, extra, transformers):
     run(texts, *extra, "--tokens", 5120, "--out", "done")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("done").eval()
     corpus = data.prepare(str(texts / "a.txt"), data.load_tokenizer("done"))[0]
@@ -419,8 +412,7 @@ def test_eval_csv_equals_the_loss_of_transformers_on_the_same_windows(here, text
     assert abs(loss.item() - float(table("done/eval.csv")[-1]["a_loss"])) < 1e-3
 
 
-def test_pipeline_of_transformers_writes_text_that_round_trips(here, texts):
-    transformers = hub()
+def test_pipeline_of_transformers_writes_text_that_round_trips(here, texts, transformers):
     run(texts, "--tokens", 5120, "--out", "done")
     pipe = transformers.pipeline("text-generation", "done", device="cpu")
     text = pipe("def naïve(", max_new_tokens=40, do_sample=False)[0]["generated_text"]

@@ -2,7 +2,6 @@
 made whole or not at all."""
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -50,12 +49,6 @@ def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
-
-def hub():
-    """transformers, or a skipped test; in continuous integration (REGROW_NO_SKIP=1) its absence is a failure."""
-    if not os.environ.get("REGROW_NO_SKIP"):
-        pytest.importorskip("transformers")
-    return importlib.import_module("transformers")
 
 
 # ---- the function ---------------------------------------------------------------------------------------------------
@@ -226,8 +219,7 @@ def test_folder_equals_memory_bit_for_bit(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("more", [dict(experts=4, top_k=2), dict(experts=4, top_k=1, granularity=4)], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
-def test_folder_in_transformers_equals_the_dense_original_in_transformers(kind, more, tmp_path):
-    transformers = hub()
+def test_folder_in_transformers_equals_the_dense_original_in_transformers(kind, more, tmp_path, transformers):
     shape = {k: v for k, v in SMALL.items()} | (dict(sliding_window=None) if kind == "mistral" else {})
     config = transformers.AutoConfig.for_model(kind, **shape, tie_word_embeddings=False)
     torch.manual_seed(1)
