@@ -7,15 +7,15 @@ Depth. Layer i of the grown model is layer `layers[i]` of the small one. The sha
 before is the connection retention, the paper's R_c:
 
     operator, flags                    layers of the grown model              R_c
-    direct --factor 3                  01234567 01234567 01234567          91.3 %   stacking, G_stack: i mod L
+    direct --factor 3        (L = 8)   01234567 01234567 01234567          91.3 %   stacking, G_stack: i mod L
     direct --layers 0,0,0,1,1,1,...    000 111 222 333 444 555 666 777     30.4 %   interpolation: floor(i / 3)
-    direct --factor 4                  012345 012345 012345 012345         87.0 %   (interpolated: 21.7 %)
+    direct --factor 4            (6)   012345 012345 012345 012345         87.0 %   (interpolated: 21.7 %)
     direct --layers 0-5,2-5,...,4-5    012345 2345 2345 2345 2345 45       78.3 %   partial stacking
     direct --layers 0-23,8-31          0 ... 23 8 ... 31                   97.9 %   SOLAR (2312.15166)
-    zero   --factor 1.25               0123 3' 4567 7'                     77.8 %   LLaMA-Pro (2401.02415)
-    zero   --factor 2                  00' 11' 22'                         40.0 %   G_zero
-    random --factor 2                  0*  1*  2*                                   * a block of random numbers
-    learn  --factor 2                  012345: each a sum over 012                  LiGO (2303.00980)
+    zero   --factor 1.25         (8)   0123 3' 4567 7'                     77.8 %   LLaMA-Pro (2401.02415)
+    zero   --factor 2            (3)   0 0' 1 1' 2 2'                      40.0 %   G_zero
+    random --factor 2            (3)   0 * 1 * 2 *                                  * a block of random numbers
+    learn  --factor 2            (3)   six sums over 0 1 2                          LiGO (2303.00980)
 
 Direct is not the small model's function and starts with a higher loss; the paper finds it the best of all even so
 (scratch costs 49 % more FLOPs to the same loss, at 1.1 B parameters), and interpolation worse in the end. In zero, a
@@ -24,34 +24,36 @@ learn from the first step (a gain of 0 would leave nothing to learn from). `--la
 ones of equal indices are the new blocks.
 
 Width. d becomes D = k d: hidden size, heads, key-value heads and MLP grow by one factor k, `--factor`; head_dim,
-vocabulary and number of experts stay.
+vocabulary and number of experts stay. c is a mask that opens from 0 to 1; open = d + c (D - d).
 
-    direct  x' = [x, x]   W' = [[a1 W, (1 - a1) W], [a2 W, (1 - a2) W]]   gain' = [gain, gain]            k = 2, 3, ...
-    zero    x' = [x, 0]   W' = [[W, A], [0, C]]   gain' = [gain / sqrt(k), 1]   eps' = eps / k       sizes stay whole
+    direct  x' = [x, x]   W' = [a U, (1 - a) U], U = [W; W]   gain' = [gain, gain]                k = 2; or 3, 4, ...
+    zero    x' = [x, 0]   W' = [[W, A], [0, C]]         gain' = [gain / sqrt(k), 1]   eps' = eps / k
     random  x' = [x, 0]   W' = [[W, c A], [c B, c C]]   gain' = sqrt(open / D) [gain, 1]   eps' = eps / k
     learn   x' = B x      W' = B_out W B_in^T           gain' = B gain
 
 Direct copies what a matrix puts out and divides what it reads; the shares a are drawn for every entry. One share for
 all would give copies proportional gradients, and Adam, blind to scale, would keep them copies. In zero, new dimensions
-write to old ones (A), but old ones not yet to new. A, B and C are random with the root mean square of W.
+write to old ones (A), but old ones not yet to new: the first step moves the zeros of v_proj, o_proj and down_proj, the
+next ones all the rest. A and C, and B in random, are drawn with the root mean square of W.
 
 Direct in width, zero, and random as long as c is 0 keep the function: logits within 1e-5 in fp32, 1e-10 in fp64.
 
-Random hides what it adds behind a mask c (MSG, 2305.02869): y = x + c f(x) for a new block, so c stands on its o_proj
+Random hides what it adds behind the mask (MSG, 2305.02869): y = x + c f(x) for a new block, so c stands on its o_proj
 and down_proj; in width on every entry with a new row or a new column, as new heads and neurons write to old dimensions
-too. `grow.py` writes a folder at c = 0, which holds nothing random that counts; `train.py --init FOLDER --mask-steps N`
-draws it from the seed in run.json, and c rises from 0 to 1 in N updates (`Mask`). The norms are over the open
-dimensions, open = d + c (D - d): RMSNorm over all D times sqrt(open / D). A folder saved in between holds c x raw.
+too. The norms are over the open dimensions, which is RMSNorm over all D times sqrt(open / D). `grow.py` writes the
+folder at c = 0; `train.py --init FOLDER --mask-steps N` draws what is behind the mask from the seed in run.json and
+opens it in N updates (`Mask`). The optimizer updates raw weights, kept in trainer.pt; a folder holds c times raw.
 
-Learn takes a few steps of Adam on the maps (not SGD, as LiGO), on real text, then forgets them. In depth each of a
-block's matrices has its own weights over the old layers, at the start the stack plus noise. In width one B stands for
-the residual stream, others for each layer's MLP and heads, at the start [I; noise]; o_proj reads by the map of v_proj.
+Learn takes a few steps of Adam (LiGO: SGD) on the maps, on real text, then forgets them. In depth each of a block's
+tensors has its own weights over the old layers, at the start the stack plus noise. In width one B stands for the
+residual stream, others for each layer's MLP and heads, at the start [I; noise]; o_proj reads by the map of v_proj.
 
 What the papers do not say, or print otherwise:
 - Direct's gain is printed as sqrt(d/D) [gain, gain]. Copies do not change the root mean square: that factor makes all
   that a block reads too small, by sqrt(k). If D is no multiple of d no gain is exact: refused.
 - Zero's gain, sqrt(d/D), is right as printed (the official code has d/D), and exact only with eps' = eps d/D.
-- QK-norm has that eps too, while heads keep their size: zero and random also scale q_proj and k_proj by sqrt(d/D).
+- config.json has one eps for all norms, and those of QK-norm are over a head, which does not grow: zero and random
+  also scale q_proj and k_proj by sqrt(d/D).
 - A tied embedding cannot be copied and divided at once: direct divides the last norm's gain in place of the head.
 - A router's rows all get the same shares: equal ones (after upcycling) stay so, ties go to the same expert.
 - LiGO has no rotary positions and no groups: here a head is mapped whole, so that rotary pairs stay pairs. Its head is
@@ -105,7 +107,8 @@ import model
 
 AXES, OPERATORS = ("depth", "width"), ("direct", "zero", "random", "learn")
 SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
-WRITERS = ("o_proj", "down_proj", "w2")  # the matrices through which a block writes to the residual stream
+INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
+WRITERS = ("o_proj", "down_proj")  # the matrices through which a block writes to the residual stream
 FIXED = ("embed_tokens", "lm_head", "gate")  # rows are words or experts: their number does not grow
 LEARN_RATE = 2e-3
 
@@ -121,13 +124,13 @@ def layer_map(L, operator, factor, layers=None):
     direct, learn: i mod L. zero, random: new ones follow a layer, spread evenly over the layers. Raises ValueError."""
     if layers is None:
         n = whole("num_hidden_layers", L, factor)
-        return [i % L if operator in ("direct", "learn") else ((i + 1) * L - 1) // n for i in range(n)]
+        return [((i + 1) * L - 1) // n if operator in INSERTING else i % L for i in range(n)]
     for i in layers:
         if not 0 <= i < L:
             raise ValueError(f"layer {i} is not in the source (its {L} layers are 0-{L - 1})")
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
-    if operator in ("zero", "random") and list(dict.fromkeys(layers)) != list(range(L)):
+    if operator in INSERTING and list(dict.fromkeys(layers)) != list(range(L)):
         why = f"keeps the function only if 0-{L - 1} first occur all and in order (or direct)"
         raise ValueError(f"operator {operator} {why}")
     return list(layers)
@@ -163,7 +166,7 @@ def grown_config(c, step):
     else:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         big = dataclasses.replace(c, **{n: whole(n, getattr(c, n), step["factor"]) for n in names})
-        if step["operator"] in ("zero", "random"):
+        if step["operator"] in INSERTING:
             big.rms_norm_eps = c.rms_norm_eps / step["factor"]
     big.check()
     return big
@@ -172,7 +175,8 @@ def grown_config(c, step):
 def place(name):
     """(matrix, layer, expert) of a public name; layer -1 outside the layers, expert 0 outside the experts."""
     parts = name.split(".")
-    return parts[-2], int(parts[2]) if ".layers." in name else -1, int(parts[-3]) if ".experts." in name else 0
+    matrix = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(parts[-2], parts[-2])  # Mixtral's names
+    return matrix, int(parts[2]) if ".layers." in name else -1, int(parts[-3]) if ".experts." in name else 0
 
 
 def origin(name, layers):
@@ -194,14 +198,16 @@ def formula(name, c, step):
 
     if step["axis"] == "depth":
         source, again = origin(name, step["layers"])
-        if again and operator in ("zero", "random") and matrix in WRITERS:
-            return source, torch.zeros_like
+        if again and operator in INSERTING and matrix in WRITERS:
+            return source, torch.zeros_like  # of random, `Mask` draws them
         if again and operator == "random":
             return source, lambda t: draw(*t.shape, std=rms(t)).to(t) if t.dim() > 1 else torch.ones_like(t)
         return source, lambda t: t
+    if matrix in ("q_norm", "k_norm"):  # gains of a head: head_dim stays
+        return name, lambda t: t.to(wide(t.dtype))
     if operator == "direct":
         return name, lambda t: direct(t.to(wide(t.dtype)), matrix, k, draw, c)
-    noise = draw if operator == "zero" else lambda *shape, std: torch.zeros(shape)  # random: `Mask` draws it
+    noise = {"zero": draw, "random": lambda *shape, std: torch.zeros(shape)}[operator]  # of random, `Mask` draws it
     return name, lambda t: zero(t.to(wide(t.dtype)), matrix, k, noise, c)
 
 
@@ -216,21 +222,18 @@ def wide(dtype):
 def direct(t, matrix, k, draw, c):
     """W' = [a_1 U, ..., a_k U], U = k copies of W, one below the other, and a_1 + ... + a_k = 1 for each entry.
     Outputs that do not grow (the head's words, the router's experts) are not copied."""
-    if matrix in ("q_norm", "k_norm"):  # gains of a head: head_dim stays
-        return t
     if matrix == "embed_tokens":
         return t.repeat(1, k)
     if t.dim() == 1 and not (matrix == "norm" and c.tie_word_embeddings):
         return t.repeat(k)
-    rows = t.repeat(k, 1) if t.dim() == 2 and matrix not in FIXED else t
-    shares = (1 + SPREAD * draw(k - 1, *(rows.shape[1:] if matrix == "gate" else rows.shape)).to(t)) / k
-    return torch.cat([rows * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
+    U = t.repeat(k, 1) if t.dim() == 2 and matrix not in FIXED else t
+    shape = U.shape[1:] if matrix == "gate" else U.shape  # of the router, all rows get the same shares
+    a = (1 + SPREAD * draw(k - 1, *shape).to(t)) / k
+    return torch.cat([U * a_j for a_j in (*a, 1 - a.sum(0))], dim=-1)
 
 
 def zero(t, matrix, k, draw, c):
     """W' = [[W, A], [0, C]]. The embedding's A is 0; the head and the router have no rows below. random: A = C = 0."""
-    if matrix in ("q_norm", "k_norm"):
-        return t
     shrink = math.sqrt(1 / k)  # sqrt(d/D)
     if t.dim() == 1:
         return torch.cat((t * shrink, t.new_ones(round(len(t) * k) - len(t))))
@@ -247,9 +250,10 @@ def zero(t, matrix, k, draw, c):
 
 @torch.no_grad()
 def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1):
-    """A new model.Transformer grown from `module`, which stays as it is. layers: a list of source layers, in the place
-    of depth's factor. Depth keeps the dtype, width makes it fp32 at least. Raises ValueError for what cannot be built,
-    or not exactly where the operator promises it. `grow_folder` gives the same weights, bit for bit."""
+    """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see Mask).
+    layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32 at least.
+    Raises ValueError for what cannot be built, or not exactly where the operator promises it. `grow_folder` gives the
+    same weights, bit for bit."""
     if operator == "learn":
         raise ValueError("operator learn needs text (grow.learn, or the command)")
     step = lineage_step(module.config, axis, operator, factor, layers, seed)
@@ -271,53 +275,61 @@ def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1)
 
 
 class Mask:
-    """Opens what operator random has closed, in `steps` updates: `train.py --mask-steps`.
+    """Opens what operator random has closed, in `updates` updates: `train.py --mask-steps`.
 
-    module: as grown, at mask 0. step: the entry of its lineage that grew it. The optimizer updates raw weights, the
+    module: as grown, at c = 0. step: the entry of its lineage that grew it. The optimizer updates raw weights, the
     forward pass uses mask x raw; torch's parametrisation does that from outside, and model.py knows nothing of it.
     draw: draw the raw weights behind the mask (not if `module` holds them, as in a resumed run)."""
 
-    def __init__(self, module, step, steps, draw=True):
-        self.module, self.steps, self.masked, closed = module, steps, [], {}
-        self.share = torch.zeros_like(module.lm_head.weight[0, 0])  # c, how far the mask is open
-        for name in (state := module.state_dict()):
-            closed[name] = self.prepare(name, state, step, draw)
+    def __init__(self, module, step, updates, draw=True):
+        self.module, self.updates, self.masked, closed = module, updates, [], {}
+        self.c = torch.zeros_like(module.lm_head.weight[0, 0])
+        state = module.state_dict()
+        old = dict(model.public_tensors(module.config, state))
+        for name, t in state.items():
+            closed[name] = torch.zeros_like(t, dtype=torch.bool)
+            for public, new in model.public_tensors(module.config, {name: closed[name]}):
+                self.close(public, new, step)
+                if draw and new.any():
+                    self.draw(public, new, old, step)
         if module.config.tie_word_embeddings:
             closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
         for name in state:
             if closed[name].any():
                 owner, _, attribute = name.rpartition(".")
-                opening = Opening(closed[name], self.share, 1 / step["factor"])
+                opening = Opening(closed[name], self.c, step["factor"])
                 parametrize.register_parametrization(module.get_submodule(owner), attribute, opening)
                 self.masked.append((module.get_submodule(owner), attribute))
 
-    def prepare(self, name, state, step, draw):
-        """A mask of parameter `name`: True on what operator random added. There, if asked, raw numbers are drawn:
-        normal ones as large as those they join. Gains lose the factor sqrt(d / D), new ones are 1."""
-        closed, k, layers = torch.zeros_like(state[name], dtype=torch.bool), step["factor"], step["layers"]
-        parts = (model.public_tensors(self.module.config, {name: t}) for t in (state[name], closed))
-        for (public, raw), (_, new) in zip(*parts):
-            matrix, layer, expert = place(public)
-            if step["axis"] == "depth":
-                new[:] = origin(public, layers)[1] and matrix in WRITERS
-            elif matrix not in ("q_norm", "k_norm"):
-                new[..., round(new.shape[-1] / k) :] = True  # columns, or gains
-                if new.dim() > 1 and matrix not in FIXED:
-                    new[round(len(new) / k) :] = True  # rows
-            if draw and raw.dim() == 1 and new.any():
-                raw *= math.sqrt(k)
-                raw[new] = 1
-            elif draw and new.any():
-                first = name.replace(f".{layer}.", f".{layers.index(layers[layer])}.", 1) if layers else None
-                std = rms(state[first] if layers else raw[~new])
-                fresh = model.normal(raw.shape, std, step["seed"], layer, expert, f"grow {matrix}").to(raw)
-                raw[new] = fresh[new]
-        return closed
+    @staticmethod
+    def close(name, new, step):
+        """Sets `new`, False in the shape of tensor `name`, to True where operator random has added something."""
+        matrix, k = place(name)[0], step["factor"]
+        if step["axis"] == "depth":
+            new[:] = origin(name, step["layers"])[1] and matrix in WRITERS
+        elif matrix not in ("q_norm", "k_norm"):
+            new[..., round(new.shape[-1] / k) :] = True  # columns, or gains
+            if new.dim() > 1 and matrix not in FIXED:
+                new[round(len(new) / k) :] = True  # rows
 
-    def open(self, step):
-        """What the mask is after `step` updates: c = step / steps. Wholly open, it is folded into the weights."""
-        self.share.fill_(min(1.0, step / self.steps))
-        if step >= self.steps:
+    @staticmethod
+    def draw(name, new, old, step):
+        """Draws the raw numbers of tensor `name` where `new`: normal ones as large as those they join, gains of 1."""
+        (matrix, layer, expert), layers, raw = place(name), step["layers"], old[name]
+        if raw.dim() == 1:
+            raw *= math.sqrt(step["factor"])  # Opening divides by it again, for as long as c is 0
+            raw[new] = 1
+            return
+        like = raw[~new]
+        if step["axis"] == "depth":
+            like = old[name.replace(f".{layer}.", f".{layers.index(layers[layer])}.", 1)]
+        fresh = model.normal(raw.shape, rms(like), step["seed"], layer, expert, f"grow {matrix}")
+        raw[new] = fresh.to(raw)[new]
+
+    def open(self, update):
+        """c = update / updates, what it is after so many updates. At 1 mask x raw is raw, and the mask is gone."""
+        self.c.fill_(min(1.0, update / self.updates))
+        if update >= self.updates:
             for owner, attribute in self.masked:
                 parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
             self.masked = []
@@ -328,17 +340,16 @@ class Mask:
 
 
 class Opening(torch.nn.Module):
-    """raw -> mask x raw, where the mask is 1 on old entries and c on `closed` ones; gains -> sqrt(open / D) x raw, with
-    open = d + c (D - d), as RMSNorm over the open dimensions is RMSNorm over all times that. least: d / D."""
+    """raw -> mask x raw: c where `closed`, else 1; gains times sqrt(open / D), with open / D = (1 + c (k - 1)) / k."""
 
-    def __init__(self, closed, share, least):
+    def __init__(self, closed, c, k):
         super().__init__()
-        self.closed, self.share, self.least = closed, share, least
+        self.closed, self.c, self.k = closed, c, k
 
     def forward(self, raw):
         if raw.dim() == 1:
-            return raw * (self.least + self.share * (1 - self.least)).sqrt()
-        return torch.where(self.closed, self.share * raw, raw)
+            return raw * ((1 + self.c * (self.k - 1)) / self.k).sqrt()
+        return torch.where(self.closed, self.c * raw, raw)
 
 
 def plain(name):
@@ -348,7 +359,7 @@ def plain(name):
 
 # ---- learn: LiGO ----------------------------------------------------------------------------------------------------
 
-SIDES = {  # matrix: (map of what it puts out, map of what it reads); gains have the one side
+SIDES = {  # tensor: (map of what it puts out, map of what it reads); "": none
     "embed_tokens": ("", "hidden"), "lm_head": ("", "hidden"), "gate": ("", "hidden"),
     "q_proj": ("q", "hidden"), "k_proj": ("k", "hidden"), "v_proj": ("v", "hidden"), "o_proj": ("hidden", "mixed"),
     "gate_proj": ("mlp", "hidden"), "up_proj": ("mlp", "hidden"), "down_proj": ("hidden", "mlp"),
@@ -358,7 +369,7 @@ SIDES = {  # matrix: (map of what it puts out, map of what it reads); gains have
 
 
 def maps_of_depth(old, c, big, step):
-    """Each new layer a sum over old ones, with weights of its own for each of the block's parameters."""
+    """Each new layer is a sum over the old ones, with weights of its own for each of a block's tensors."""
     start = F.one_hot(torch.tensor(step["layers"]), c.num_hidden_layers).float()
     kinds = [n.removeprefix("model.layers.0.") for n in old if ".layers.0." in n]
     maps = {kind: start + 0.03 * model.normal(start.shape, 1, step["seed"], -1, 0, f"learn {kind}") for kind in kinds}
@@ -397,7 +408,7 @@ def maps_of_width(old, c, big, step):
         new = {}
         for name, t in model.public_tensors(c, old):
             matrix, layer, _ = place(name)
-            out, read = SIDES[{"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(matrix, matrix)]
+            out, read = SIDES[matrix]
             t = side(out, layer) @ t if out else t
             new[name] = t @ side(read, layer).T if read else t
         return model.private_tensors(big, new)
@@ -411,7 +422,7 @@ def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN
     step = lineage_step(module.config, axis, "learn", factor, layers, seed)
     c, big = module.config, grown_config(module.config, step)
     old = {n: t.detach().float() for n, t in module.state_dict().items()}
-    if c.tie_word_embeddings:
+    if c.tie_word_embeddings:  # one tensor, or functional_call finds two for one parameter
         old["lm_head.weight"] = old["model.embed_tokens.weight"]
     maps, combine = (maps_of_depth if axis == "depth" else maps_of_width)(old, c, big, step)
     with torch.device("meta"):
@@ -424,7 +435,7 @@ def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    with torch.no_grad():
+    with torch.no_grad():  # the last weights are copied, and the maps forgotten
         new.load_state_dict({n: t.clone() for n, t in combine().items()}, assign=True)
     if big.tie_word_embeddings:
         new.lm_head.weight = new.model.embed_tokens.weight
@@ -480,7 +491,7 @@ def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096
     bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
     batches = (reader.load(reader.take(windows)) for _ in bar)
     how = {k: step[k] for k in ("axis", "factor", "layers", "seed")}
-    first, big = learn(module, [], **how), learn(module, batches, **how, lr=lr)
+    untrained, big = learn(module, [], **how), learn(module, batches, **how, lr=lr)
 
     @torch.no_grad()
     def held_out(m):
@@ -492,7 +503,7 @@ def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096
             total += corpus.weight * sum(m(x, y)[1].item() * len(x) for x, y in parts) / len(ids[:128])
         return total
 
-    was, began, ended = map(held_out, (module, first, big))
+    was, began, ended = map(held_out, (module, untrained, big))
     print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
     step["tokens"] = steps * windows * context
     step["flops"] = step["tokens"] * big.flops_per_token(context)

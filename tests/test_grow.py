@@ -186,7 +186,7 @@ def test_the_mask_opens_on_the_same_raw_weights_and_folds_in_without_a_jump(name
     how = dict(axis=axis, operator="random", factor=factor)
     big, step = grow.grow(small, **how), grow.lineage_step(small.config, **how)
     parameters, names = {id(p) for p in big.parameters()}, big.state_dict().keys()
-    mask = grow.Mask(big, step, steps=4)
+    mask = grow.Mask(big, step, 4)
     mask.open(0)
     assert (logits(big) - logits(small)).abs().max() < 1e-10
     mask.open(3)
@@ -194,20 +194,20 @@ def test_the_mask_opens_on_the_same_raw_weights_and_folds_in_without_a_jump(name
     stored = Transformer(big.config).double().eval()
     stored.load_state_dict(mask.effective())
     assert torch.equal(logits(stored), logits(big))
-    mask.share.fill_(1)
+    mask.c.fill_(1)
     unfolded = logits(big)
     mask.open(4)
     assert (logits(big) - unfolded).abs().max() < 1e-10 and big.state_dict().keys() == names
     assert {id(p) for p in big.parameters()} == parameters  # the optimizer still knows them
     again = grow.grow(small, **how)
-    grow.Mask(again, step, steps=4).open(4)
+    grow.Mask(again, step, 4).open(4)
     assert equal(big, again)
 
 
 def test_the_open_mask_leaves_random_entries_of_the_size_of_the_old_ones():
     small, how = make("qwen3"), dict(axis="width", operator="random", factor=2)
     big = grow.grow(small, **how)
-    grow.Mask(big, grow.lineage_step(small.config, **how), steps=1).open(1)
+    grow.Mask(big, grow.lineage_step(small.config, **how), 1).open(1)
     q, gain = big.model.layers[1].self_attn.q_proj.weight, big.model.layers[1].input_layernorm.weight
     old = small.model.layers[1].self_attn.q_proj.weight / 2**0.5  # QK-norm: the scale for its epsilon stays
     assert torch.allclose(q[:32, :24], old)
@@ -216,11 +216,20 @@ def test_the_open_mask_leaves_random_entries_of_the_size_of_the_old_ones():
     assert torch.allclose(gain[:24], small.model.layers[1].input_layernorm.weight) and (gain[24:] == 1).all()
 
 
+def test_each_new_expert_is_as_large_as_the_one_it_joins():
+    small, how = make("mixtral"), dict(axis="depth", operator="random", factor=2)
+    small.model.layers[0].mlp.experts.down_proj.data[1] *= 10
+    big = grow.grow(small, **how)
+    grow.Mask(big, grow.lineage_step(small.config, **how), 1).open(1)
+    old, new = (layer.mlp.experts.down_proj.std((1, 2)) for layer in big.model.layers[:2])
+    assert (abs(new / old - 1) < 0.2).all() and old[1] > 5 * old[0]
+
+
 def test_half_open_norms_are_those_of_the_open_dimensions():
     """On a residual stream whose new dimensions are 0: gain sqrt(open / D), open = d + (D - d) / 2."""
     small, how = make(), dict(axis="width", operator="random", factor=2)
     big = grow.grow(small, **how)
-    mask = grow.Mask(big, grow.lineage_step(small.config, **how), steps=2)
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), 2)
     mask.open(1)
     gain = mask.effective()["model.norm.weight"]
     assert torch.allclose(gain[:24], small.model.norm.weight * (36 / 48) ** 0.5)
@@ -229,7 +238,7 @@ def test_half_open_norms_are_those_of_the_open_dimensions():
 def test_what_lies_behind_the_mask_learns_as_it_opens():
     small, how = make("qwen3, grouped queries, tied"), dict(axis="width", operator="random", factor=2)
     big = grow.grow(small, **how)
-    mask = grow.Mask(big, grow.lineage_step(small.config, **how), steps=5)
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), 5)
     mask.open(1)
     before = {n: p.clone() for n, p in big.named_parameters()}
     train(big, 2)
