@@ -251,7 +251,7 @@ def zero(t, matrix, k, draw, c):
 @torch.no_grad()
 def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see Mask).
-    layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32 at least.
+    layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32.
     Raises ValueError for what cannot be built, or not exactly where the operator promises it. `grow_folder` gives the
     same weights, bit for bit."""
     if operator == "learn":
