@@ -9,14 +9,15 @@
 # prints both validation curves, which it keeps in experiments/smollm2.csv. What is finished is skipped, and a training
 # that was stopped goes on: start it again after Ctrl-C.
 #
-# Cost on one core with fast bf16 products: MINUTES; at most MEMORY of memory (weights, gradients
-# and Adam's moments of 692 M parameters in fp32 are 11.1), 23 GB on the disk.
+# Cost on one core with fast bf16 products, shared with other work: 36 minutes, 17 of them for the dense model and as many
+# for the mixture; 17 GB of memory (weights, gradients and Adam's moments of 692 M parameters in fp32 are 11 of them);
+# 19 GB on the disk. EVAL_TOKENS is small because in fp32 a default evaluation takes ten minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/smollm2}
 EXPERTS=8 TOP_K=2 GRANULARITY=4
 STEPS=40 BATCH=2048 CONTEXT=256 MICRO=2 RATE=1e-4 WARMUP=4
-EVAL_EVERY=10 EVAL_TOKENS=8192 # in fp32 an evaluation costs as much as two steps
+EVAL_EVERY=10 EVAL_TOKENS=8192
 
 mkdir -p "$OUT"
 dense=$OUT/dense mixture=$OUT/${EXPERTS}x$TOP_K fine=$OUT/${EXPERTS}x$TOP_K-g$GRANULARITY deep=$OUT/60-layers
