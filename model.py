@@ -568,11 +568,12 @@ def public_tensors(c, state):
 
 
 def private_tensors(c, found):
-    """The inverse of public_tensors: {public name: tensor} -> state dict, experts joined, the head tied if it is."""
+    """The inverse of public_tensors: {public name: tensor} -> state dict, experts joined, the head tied if it is. Takes
+    the tensors out of `found`, so that nothing is held twice."""
     with torch.device("meta"):
         names, state = Transformer(c).state_dict(), {}
     for name, t in names.items():
-        parts = [found[n] for n, _ in public_tensors(c, {name: t})]
+        parts = [found.pop(n) for n, _ in public_tensors(c, {name: t})]
         if name.endswith("gate_up_proj"):
             parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
         if parts:  # of a tied head there are none
@@ -643,7 +644,7 @@ def inspect(folder, config):
     dtype = None
     for path in sorted(set(files.values())):
         with opened(path) as f:
-            for name in shapes.keys() & set(f.keys()):
+            for name in sorted(shapes.keys() & set(f.keys())):
                 kind, shape = f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape())
                 if shape != shapes[name] or kind not in DTYPES:
                     right = f"config.json says {shapes[name]}; {', '.join(DTYPES)} are read"
@@ -712,13 +713,14 @@ def write_folder(source, target, config, dtype, stream, run, shard_size=SHARD_SI
         raise ValueError(f"shard_size is {shard_size} (bytes, such as 5e9)")
     with torch.device("meta"):
         module = Transformer(config)
-    shards = [{}]  # {name: (shape, bytes)} of each file
+    shards, size, total = [{}], 0, 0  # of each file {name: (shape, bytes)}
     for name, t in public_tensors(config, module.state_dict()):
         n = t.numel() * dtype.itemsize
-        if shards[-1] and sum(size for _, size in shards[-1].values()) + n > shard_size:
+        if shards[-1] and size + n > shard_size:
             shards.append({})
+            size = 0
         shards[-1][name] = list(t.shape), n
-    total = sum(size for shard in shards for _, size in shard.values())
+        size, total = size + n, total + n
     copied = sorted({p for pattern in BESIDES for p in source.glob(pattern) if p.is_file()})
     ground = next(p for p in target.absolute().parents if p.exists())
     need, free = total + sum(p.stat().st_size for p in copied) + 2**20, shutil.disk_usage(ground).free

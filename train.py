@@ -230,29 +230,49 @@ def check_whole(folder):
 
 
 def settle(args, given, world, each=lambda block: None):
-    """Checks the flags against each other and the folders they name, before any work starts.
+    """Checks the flags against each other and the folders they name, before any work starts, and fills them in.
 
-    Returns (args with the parent's values filled in, Config, state of trainer.pt or None, lineage, tokenizer, module of
-    --init or None). each: what upcycling hands every finished block to.
-    Raises ValueError or FileNotFoundError."""
-    config = state = module = None
-    lineage = []
+    Returns (Config, state of trainer.pt or None, lineage, tokenizer, module of --init or None). each: what upcycling
+    hands every finished block to. Raises ValueError or FileNotFoundError."""
     if args.resume:
-        if not args.out:
-            raise ValueError("--resume needs --out (the folder of the run)")
-        state = read_trainer(args.out)
-        saved = state["settings"]
-        for name, value in given.items():
-            if name not in FREE and saved.get(name) != value:
-                why = f"differs from the run's {saved.get(name)} (a resumed run keeps its settings)"
-                raise ValueError(f"{flag(name)} {value} {why}")
-        for name, value in saved.items():  # machine flags are this command's; rhythm flags too, if given
-            if name not in MACHINE and (name not in FREE or name not in given):
-                setattr(args, name, value)
+        state = take_settings(args, given)
         check_batch(args, world)
         config, lineage = model.Config(**state["config"]), state["run"]["lineage"]
-        return args, config, state, lineage, data.load_tokenizer(args.out), None
+        return config, state, lineage, data.load_tokenizer(args.out), None
+    check_flags(args, given)
+    if args.init or args.branch:
+        config, state, lineage, tokenizer, module = inherit(args, given, each)
+    else:
+        (config, tokenizer), state, lineage, module = new_shape(args), None, [], None
+    if not config.experts:
+        refuse(given, MIXTURE, "is for a mixture of experts (add --experts)")
+    config.balance_coef = args.balance_coef
+    config.capacity_factor = args.capacity_factor if config.experts else None
+    config.check()
+    args.data, args.tokenizer = args.data or "python", tokenizer.name
+    data.parse_spec(args.data)
+    check_batch(args, world)
+    return config, state, lineage, tokenizer, module
 
+
+def take_settings(args, given):
+    """--resume: the stored settings into args, unless a flag may differ and was given. Returns trainer.pt's state."""
+    if not args.out:
+        raise ValueError("--resume needs --out (the folder of the run)")
+    state = read_trainer(args.out)
+    saved = state["settings"]
+    for name, value in given.items():
+        if name not in FREE and saved.get(name) != value:
+            why = f"differs from the run's {saved.get(name)} (a resumed run keeps its settings)"
+            raise ValueError(f"{flag(name)} {value} {why}")
+    for name, value in saved.items():  # machine flags are this command's; rhythm flags too, if given
+        if name not in MACHINE and (name not in FREE or name not in given):
+            setattr(args, name, value)
+    return state
+
+
+def check_flags(args, given):
+    """What can be said without opening a parent; fills in the horizon."""
     if args.init and args.branch:
         raise ValueError("--init and --branch cannot go together (one parent)")
     horizons = [name for name in ("tokens", "flops", "tokens_per_param") if name in given]
@@ -280,78 +300,75 @@ def settle(args, given, world, each=lambda block: None):
 
     if (args.upcycle or args.stack or args.mask_steps) and not args.init:
         raise ValueError("--upcycle, --stack and --mask-steps change the checkpoint of --init (add --init)")
-    parent = args.init or args.branch
-    if parent:
-        of_upcycling = ("granularity", "router") if args.upcycle else ()
-        refuse(given, set(SHAPE) - {*of_upcycling}, "cannot be given with a parent (the shape comes from its folder)")
-        config = model.read_config(parent)
-        check_whole(parent)
-        if args.init:
-            module = model.load(args.init)
-        name, lineage = model.read_lineage(parent, args.source_tokens)
-        trained = [step for step in lineage if step["step"] == "train"]
-        before = trained[-1]["settings"] if trained else {}
-        if args.branch:
-            state = read_trainer(parent)
-            refuse(given, KEPT, "cannot be given with --branch (it keeps data, optimizer, seed and rate)")
-            for key in (*SHAPE, *KEPT, *{"dtype", "micro_batch"} - given.keys()):
-                setattr(args, key, state["settings"][key])
-            args.schedule, args.warmup, args.decay_fraction, args.lr = "wsd", 0, 1.0, state["lr"]
-            if state["step"] < (state["settings"].get("mask_steps") or 0):
-                raise ValueError(f"--branch {parent}: its mask is not open yet (a later snapshot)")
-        args.data = args.data or before.get("data")
-        args.context = args.context or before.get("context") or min(config.max_position_embeddings, 1024)
-        if args.upcycle:
-            experts, top_k = upcycle.parse(args.upcycle)
-            recipe = dict(granularity=args.granularity, router=args.router, seed=args.seed)
-            module = upcycle.upcycle(module, experts, top_k, each, **recipe)
-            lineage = [*lineage, upcycle.lineage_step(experts, top_k, **recipe)]
-        if args.stack:
-            lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
-            module = grow.grow(module, factor=args.stack, seed=args.seed)
-        closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
-        if args.mask_steps and not closed:
-            raise ValueError(f"--mask-steps: {parent} has no mask (grow.py --operator random makes one)")
-        if closed and not args.mask_steps and args.tokens != 0:
-            raise ValueError(f"{parent} has a closed mask, behind which nothing learns (--mask-steps N opens it)")
-        if module:
-            config = module.config
-            for layer in module.model.layers if config.experts else ():
-                layer.mlp.capacity_factor = args.capacity_factor
-        config.max_position_embeddings = max(config.max_position_embeddings, args.context)
-        tokenizer = data.load_tokenizer(given.get("tokenizer", parent))
-        tokenizer.name = given.get("tokenizer") or name or tokenizer.name
-        if tokenizer.vocab_size > config.vocab_size:
-            right = f"{parent} knows {config.vocab_size}: its own tokenizer"
-            raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
-        if "balance_coef" not in given and args.init:
-            args.balance_coef = config.balance_coef
-    else:
-        tokenizer = data.load_tokenizer(args.tokenizer or "bytes")
-        D = args.hidden_size
-        args.intermediate_size = args.intermediate_size or 3 * D
-        args.num_attention_heads = args.num_attention_heads or max(4, D // 64)
-        args.num_key_value_heads = args.num_key_value_heads or args.num_attention_heads
-        if not args.head_dim:
-            if D % args.num_attention_heads:
-                heads = args.num_attention_heads
-                raise ValueError(f"{heads} heads do not divide the hidden size {D} (a divisor, or --head-dim)")
-            args.head_dim = D // args.num_attention_heads
-        args.context = args.context or 256
-        config = model.Config(
-            vocab_size=tokenizer.vocab_size, max_position_embeddings=args.context, eos_token_id=tokenizer.eot,
-            **{k: getattr(args, k) for k in SHAPE},
-        )  # fmt: skip
-    if not config.experts:
-        refuse(given, MIXTURE, "is for a mixture of experts (add --experts)")
-    config.balance_coef = args.balance_coef
-    config.capacity_factor = args.capacity_factor if config.experts else None
-    config.check()
-    args.data, args.tokenizer = args.data or "python", tokenizer.name
-    data.parse_spec(args.data)
 
-    check_batch(args, world)
-    return args, config, state, lineage, tokenizer, module
+
+def inherit(args, given, each):
+    """--init and --branch: shape, data and context of the parent's folder, which is upcycled or stacked if asked."""
+    parent, state, module = args.init or args.branch, None, None
+    of_upcycling = ("granularity", "router") if args.upcycle else ()
+    refuse(given, set(SHAPE) - {*of_upcycling}, "cannot be given with a parent (the shape comes from its folder)")
+    config = model.read_config(parent)
+    check_whole(parent)
+    if args.init:
+        module = model.load(args.init)
+    name, lineage = model.read_lineage(parent, args.source_tokens)
+    before = ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]
+    if args.branch:
+        state = read_trainer(parent)
+        refuse(given, KEPT, "cannot be given with --branch (it keeps data, optimizer, seed and rate)")
+        for key in (*SHAPE, *KEPT, *{"dtype", "micro_batch"} - given.keys()):
+            setattr(args, key, state["settings"][key])
+        args.schedule, args.warmup, args.decay_fraction, args.lr = "wsd", 0, 1.0, state["lr"]
+        if state["step"] < (state["settings"].get("mask_steps") or 0):
+            raise ValueError(f"--branch {parent}: its mask is not open yet (a later snapshot)")
+    args.data = args.data or before.get("data")
+    args.context = args.context or before.get("context") or min(config.max_position_embeddings, 1024)
+    if args.upcycle:
+        experts, top_k = upcycle.parse(args.upcycle)
+        recipe = dict(granularity=args.granularity, router=args.router, seed=args.seed)
+        module = upcycle.upcycle(module, experts, top_k, each, **recipe)
+        lineage = [*lineage, upcycle.lineage_step(experts, top_k, **recipe)]
+    if args.stack:
+        lineage = [*lineage, grow.lineage_step(module.config, factor=args.stack, seed=args.seed)]
+        module = grow.grow(module, factor=args.stack, seed=args.seed)
+    closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
+    if args.mask_steps and not closed:
+        raise ValueError(f"--mask-steps: {parent} has no mask (grow.py --operator random makes one)")
+    if closed and not args.mask_steps and args.tokens != 0:
+        raise ValueError(f"{parent} has a closed mask, behind which nothing learns (--mask-steps N opens it)")
+    if module:
+        config = module.config
+        for layer in module.model.layers if config.experts else ():
+            layer.mlp.capacity_factor = args.capacity_factor
+    config.max_position_embeddings = max(config.max_position_embeddings, args.context)
+    tokenizer = data.load_tokenizer(given.get("tokenizer", parent))
+    tokenizer.name = given.get("tokenizer") or name or tokenizer.name
+    if tokenizer.vocab_size > config.vocab_size:
+        right = f"{parent} knows {config.vocab_size}: its own tokenizer"
+        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
+    if "balance_coef" not in given and args.init:
+        args.balance_coef = config.balance_coef
+    return config, state, lineage, tokenizer, module
+
+
+def new_shape(args):
+    """(Config, tokenizer) of a new model."""
+    tokenizer = data.load_tokenizer(args.tokenizer or "bytes")
+    D = args.hidden_size
+    args.intermediate_size = args.intermediate_size or 3 * D
+    args.num_attention_heads = args.num_attention_heads or max(4, D // 64)
+    args.num_key_value_heads = args.num_key_value_heads or args.num_attention_heads
+    if not args.head_dim:
+        if D % args.num_attention_heads:
+            heads = args.num_attention_heads
+            raise ValueError(f"{heads} heads do not divide the hidden size {D} (a divisor, or --head-dim)")
+        args.head_dim = D // args.num_attention_heads
+    args.context = args.context or 256
+    config = model.Config(
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=args.context, eos_token_id=tokenizer.eot,
+        **{k: getattr(args, k) for k in SHAPE},
+    )  # fmt: skip
+    return config, tokenizer
 
 
 def check_batch(args, world):
@@ -433,7 +450,7 @@ def main(argv=None):
             dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
         mesh = init_device_mesh(device.type, (world,)) if args.fsdp else None
         each = (lambda block: None) if args.stack else shard  # a stack copies whole blocks
-        args, config, state, lineage, tokenizer, module = settle(args, given, world, each)
+        config, state, lineage, tokenizer, module = settle(args, given, world, each)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     if args.resume and state["finished"]:

@@ -36,7 +36,7 @@ sys.path.insert(0, {root!r})
 import model, train
 torch.set_num_threads(1)
 parser, args, given = train.read_flags({flags!r})
-args, config, *_ = train.settle(args, given, 1)
+config, *_ = train.settle(args, given, 1)
 module = model.init_weights(model.Transformer(config), 1)
 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
 ids = torch.randint(256, (args.batch_tokens // args.context, args.context))

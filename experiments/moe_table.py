@@ -58,7 +58,7 @@ def speed(rounds=25):
     steps = {}
     for name, flags in (DENSE | MIXTURES).items():
         parser, args, given = trainer.read_flags([*SHAPE, *flags.split()])
-        module = model.init_weights(model.Transformer(trainer.settle(args, given, 1)[1]), 1)
+        module = model.init_weights(model.Transformer(trainer.settle(args, given, 1)[0]), 1)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
         ids = torch.randint(256, (8, 256))
 
