@@ -75,6 +75,9 @@ def plot(curves, seeds):
                 named = name if seed == seeds[0] else None
                 panel.plot([p[x] for p in points], [p[1] for p in points], "o-", color=f"C{i}", ms=3, lw=1, label=named)
         panel.set(xlabel=label, xscale="log")
+        ticks = (5e5, 1e6, 2e6, 4e6) if x == 0 else (2.5e12, 5e12, 1e13)
+        panel.set_xticks(ticks, [f"{t / 1e6:g} M" if x == 0 else f"{t:g}" for t in ticks])
+        panel.minorticks_off()
     axes[0].set_ylabel("validation loss, nats a byte")
     axes[1].legend(frameon=False)
     figure.savefig(ROOT / "experiments/upcycling.png", dpi=150)
