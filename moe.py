@@ -46,7 +46,7 @@ Measured (1 and 2 threads of a CPU, bfloat16, T 4096, D 512, 64 experts of width
   long, autograd in place of the gradient by hand 1.1 to 1.3 times, grouped_mm 1.2 to 1.8, padded batches 1.5 or more.
 - `loop` keeps 62 MB for the backward pass, the dense layer 92. experiments/bench_moe.py prints this, and all totals.
 - Groups filled up to few sizes saved 8 % with 2 of 8 wide experts a token: no product is compiled anew.
-- With 1 of 64 wide experts, transformers' grouped_mm is 2 to 4 % faster, half of it by a bfloat16 router. A quarter goes
+- With 1 of 64 wide experts, transformers' grouped_mm is 2 to 4 % faster, half of it its bfloat16 router. A quarter goes
   into fresh memory for 264 MB of gradients; THP_MEM_ALLOC_ENABLE=1, PyTorch's switch for huge pages, saves most of it.
 - index_select instead of x[index] saved 15 %; summing y and dx in float32 instead of bfloat16 cost nothing.
 - The score goes into the hidden activations, not the output (down_i is linear): fewer numbers where F < D.
