@@ -566,10 +566,23 @@ class Reader:
         self.sequence += n
         return items
 
+    def since(self, before):
+        """What run.json says of the text read since `read` was `before`: {corpus name: weight, tokens, its about}."""
+        spent = {}
+        for c in self.corpora:
+            tokens = (self.read[c.name] - before[c.name]) * self.context
+            spent[c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
+        return spent
+
     def load(self, items):
         """[(corpus index, window number)] -> (ids, targets), int64 tensors (len(items), context)."""
         T = self.context
         return inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
+
+
+def last_settings(lineage):
+    """The settings of the last step of a lineage that read text, {} if none did."""
+    return ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]
 
 
 def position(lineage, corpora, context, tokenizer):

@@ -436,9 +436,7 @@ def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN
         loss.backward()
         optimizer.step()
     with torch.no_grad():  # the last weights are copied, and the maps forgotten
-        new.load_state_dict({n: t.clone() for n, t in combine().items()}, assign=True)
-    if big.tie_word_embeddings:
-        new.lm_head.weight = new.model.embed_tokens.weight
+        new = model.assemble(big, {n: t.clone() for n, t in combine().items()})
     return new.train(module.training)
 
 
@@ -480,7 +478,7 @@ def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096
     """`learn` for the folder `source` on `steps` batches of the text of `spec`, by default what its last training read,
     going on where that stopped. Adds to `step` what was read and spent, and prints three held-out losses."""
     module, tokenizer = model.load(source), data.load_tokenizer(source)
-    before = ([{}] + [s["settings"] for s in lineage if "settings" in s])[-1]
+    before = data.last_settings(lineage)
     context = before.get("context") or min(module.config.max_position_embeddings, 256)
     spec = spec or before.get("data") or "python"
     corpora = data.prepare(spec, tokenizer, context=context)
@@ -507,10 +505,7 @@ def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096
     print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
     step["tokens"] = steps * windows * context
     step["flops"] = step["tokens"] * big.flops_per_token(context)
-    step["data"] = {}
-    for c in corpora:
-        tokens = (reader.read[c.name] - start[c.name]) * context
-        step["data"][c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
+    step["data"] = reader.since(start)
     step["settings"] = {"data": spec, "context": context, "tokenizer": tokenizer.key, "lr": lr}
     return big
 

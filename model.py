@@ -668,10 +668,15 @@ def load(folder, dtype=torch.float32):
     Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says.
     """
     config = read_config(folder)
-    weights = private_tensors(config, {name: t.to(dtype) for name, t in read_tensors(inspect(folder, config)[0])})
+    found, _ = inspect(folder, config)
+    return assemble(config, private_tensors(config, {name: t.to(dtype) for name, t in read_tensors(found)}))
+
+
+def assemble(config, state):
+    """The module of Config `config` whose weights are the tensors of the state dict, themselves and not copies."""
     with torch.device("meta"):
         module = Transformer(config)
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module

@@ -312,7 +312,7 @@ def inherit(args, given, each):
     if args.init:
         module = model.load(args.init)
     name, lineage = model.read_lineage(parent, args.source_tokens)
-    before = ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]
+    before = data.last_settings(lineage)
     if args.branch:
         state = read_trainer(parent)
         refuse(given, KEPT, "cannot be given with --branch (it keeps data, optimizer, seed and rate)")
@@ -643,10 +643,7 @@ def main(argv=None):
         moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in named.items()}
         if not master:
             return
-        now, spent = counted(), {}
-        for c in corpora:
-            tokens = (reader.read[c.name] - reads_before[c.name]) * args.context
-            spent[c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
+        now, spent = counted(), reader.since(reads_before)
         step_now = {
             "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": args.seed, "data": spent,
             "settings": {**settings, "tokenizer": tokenizer.key},

@@ -9,12 +9,10 @@ scratch; but at this size a deep model from scratch is a weak baseline, so there
 equal FLOPs, those of the small model counted; differences are paired by seed.
 """
 
-import argparse
 import subprocess
 import sys
-from pathlib import Path
 
-from ladder import ROOT, STEP, M, at, cell, dense, ladder, read, write
+from ladder import ROOT, STEP, M, at, cell, dense, folder, ladder, main, read, write
 
 TABLE = ROOT / "experiments/grow_table.csv"
 d = 732 * STEP
@@ -26,29 +24,22 @@ SCRATCH = {  # name: shape, budgets that enclose the FLOPs of the grown models
 }
 
 
-def run(seeds, out):
-    for seed in seeds:
-        small = dense(out, seed)
-        base, before = out / f"dense-{seed}/trunk/step-{d // STEP}", small[0][2] / small[0][0] * d
-        zero = out / f"zero-{seed}"
-        if not zero.exists():
-            how = ["--axis", "depth", "--operator", "zero", "--factor", "2"]
-            subprocess.run([sys.executable, ROOT / "grow.py", base, zero, *how], check=True)
-        ladders = {"3 layers, trained on": small}
-        for name, flags in zip(GROWN, (["--init", base, "--stack", 2], ["--init", zero])):
-            folder = out / f"{name}-{seed}".replace(" ", "_").replace(",", "")
-            points = ladder(folder, (M, 2 * M), *flags, "--seed", seed)
-            ladders[name] = [(tokens, loss, before + flops) for tokens, loss, flops in points]
-        for name, (shape, budgets) in SCRATCH.items():
-            layers, width = shape.split()
-            flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--seed", seed]
-            ladders[name] = ladder(out / f"{name}-{seed}".replace(" ", "_").replace(",", ""), budgets, *flags)
-        rows = []
-        for name, points in ladders.items():
-            for tokens, loss, flops in points:
-                rows.append({"model": name, "seed": seed, "tokens": tokens, "flops": f"{flops:.6g}", "loss": loss})
-                print(rows[-1], flush=True)
-        write(TABLE, rows, [seed])
+def run(seed, out):
+    small = dense(out, seed)
+    base, before = out / f"dense-{seed}/trunk/step-{d // STEP}", small[0][2] / small[0][0] * d
+    zero = out / f"zero-{seed}"
+    if not zero.exists():
+        how = ["--axis", "depth", "--operator", "zero", "--factor", "2"]
+        subprocess.run([sys.executable, ROOT / "grow.py", base, zero, *how], check=True)
+    ladders = {"3 layers, trained on": small}
+    for name, flags in zip(GROWN, (["--init", base, "--stack", 2], ["--init", zero])):
+        points = ladder(folder(out, name, seed), (M, 2 * M), *flags, "--seed", seed)
+        ladders[name] = [(tokens, loss, before + flops) for tokens, loss, flops in points]
+    for name, (shape, budgets) in SCRATCH.items():
+        layers, width = shape.split()
+        flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--seed", seed]
+        ladders[name] = ladder(folder(out, name, seed), budgets, *flags)
+    write(TABLE, seed, ladders)
 
 
 def show():
@@ -64,14 +55,5 @@ def show():
             print(f"| {name} | {tokens // M} M | {flops:.3g} | {' | '.join(cells)} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"), help="train, or print the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds to train (default: 1 2 3)")
-    parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of runs (default: %(default)s)")
-    args = parser.parse_args()
-    run(args.seeds, args.out) if args.what == "run" else show()
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, run, show=show)

@@ -5,6 +5,7 @@ constant rate with a branch for each budget, whose last quarter decays: the loss
 less. A run that is whole is not run again, so a second call goes on, and the tables share the dense trunk.
 """
 
+import argparse
 import csv
 import math
 import os
@@ -53,7 +54,7 @@ def at(points, flops):
     for (_, la, a), (_, lb, b) in zip(points, points[1:]):
         if a * 0.999 <= flops <= b * 1.001:
             return la + (lb - la) * math.log(flops / a) / math.log(b / a)
-    return points[0][1] if len(points) == 1 and abs(flops / points[0][2] - 1) < 1e-3 else math.nan
+    return math.nan
 
 
 def cell(values, sign="+"):
@@ -63,9 +64,18 @@ def cell(values, sign="+"):
     return f"{statistics.mean(values):{sign}.3f}{spread}"
 
 
-def write(path, rows, seeds):
-    """Adds rows (dicts with a seed) to a CSV, in the place of earlier rows of these seeds."""
-    known = [r for r in csv.DictReader(open(path)) if int(r["seed"]) not in seeds] if path.exists() else []
+def folder(out, name, seed):
+    return out / f"{name}-{seed}".replace(" ", "_").replace(",", "")
+
+
+def write(path, seed, ladders):
+    """Adds {model: ladder} of a seed to a CSV, in the place of its earlier rows, and prints what was added."""
+    rows = []
+    for name, points in ladders.items():
+        for tokens, loss, flops in points:
+            rows.append({"model": name, "seed": seed, "tokens": tokens, "flops": f"{flops:.6g}", "loss": loss})
+            print(rows[-1], flush=True)
+    known = [r for r in csv.DictReader(open(path)) if int(r["seed"]) != seed] if path.exists() else []
     rows = sorted([*known, *rows], key=lambda r: (r["model"], int(r["seed"]), int(r["tokens"])))
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys())
@@ -79,3 +89,16 @@ def read(path):
     for r in csv.DictReader(open(path)):
         curves.setdefault((r["model"], r["seed"]), []).append((int(r["tokens"]), float(r["loss"]), float(r["flops"])))
     return curves, sorted({seed for _, seed in curves})
+
+
+def main(doc, run, **others):
+    """The command line of a table: `run` trains one seed, run(seed, out); each of `others` is a word that calls it."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", *others), help="run trains; the others as above")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds to train (default: 1 2 3)")
+    parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of runs (default: %(default)s)")
+    args = parser.parse_args()
+    if args.what != "run":
+        return others[args.what]()
+    for seed in args.seeds:
+        run(seed, args.out)

@@ -10,15 +10,13 @@ that its loss at the FLOPs or seconds of the mixture is read off between them, l
 those of a step on one thread in processor time, the shapes in turn: a shared machine's wall clock is no instrument.
 """
 
-import argparse
 import csv
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
-from ladder import ROOT, SETTING, SHAPE, M, at, cell, dense, read, train, write
+from ladder import ROOT, SETTING, SHAPE, M, at, cell, dense, folder, main, read, train, write
 
 sys.path.insert(0, str(ROOT))
 import model
@@ -34,20 +32,14 @@ MIXTURES = {
 }
 
 
-def run(seeds, out):
-    for seed in seeds:
-        rows = []
-        for name, flags in (DENSE | MIXTURES).items():
-            if name in DENSE:
-                points = dense(out if not flags else out / "active", seed, *flags.split())
-            else:
-                base = out / f"{name}-{seed}".replace(" ", "_").replace(",", "")
-                given = [*SETTING, *SHAPE, "--seed", seed, "--warmup", 16, "--tokens", T, *flags.split()]
-                points = [(T, *train(base, *given))]
-            for tokens, loss, flops in points:
-                rows.append({"model": name, "seed": seed, "tokens": tokens, "flops": f"{flops:.6g}", "loss": loss})
-                print(rows[-1], flush=True)
-        write(TABLE, rows, [seed])
+def run(seed, out):
+    ladders = {}
+    for name, flags in DENSE.items():
+        ladders[name] = dense(out if not flags else out / "active", seed, *flags.split())
+    for name, flags in MIXTURES.items():
+        given = [*SETTING, *SHAPE, "--seed", seed, "--warmup", 16, "--tokens", T, *flags.split()]
+        ladders[name] = [(T, *train(folder(out, name, seed), *given))]
+    write(TABLE, seed, ladders)
 
 
 def speed(rounds=25):
@@ -106,19 +98,5 @@ def show():
             row = " | | "
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "speed", "show"), help="train, time the steps, or print the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds to train (default: 1 2 3)")
-    parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of runs (default: %(default)s)")
-    args = parser.parse_args()
-    if args.what == "run":
-        run(args.seeds, args.out)
-    elif args.what == "speed":
-        speed()
-    else:
-        show()
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, run, speed=speed, show=show)

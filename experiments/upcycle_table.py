@@ -8,36 +8,23 @@ for D2 tokens more, as it is or upcycled to 8x2 (`--init`: new optimizer, new wa
 mixture starts from nothing. Every D2 has its own decay. Differences are paired by seed: same text, same first weights.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-from ladder import ROOT, SHAPE, STEP, M, at, cell, dense, ladder, read, write
+from ladder import ROOT, SHAPE, STEP, M, at, cell, dense, ladder, main, read, write
 
 TABLE = ROOT / "experiments/upcycle_table.csv"
 D1 = 1465 * STEP
 ON, UP, SCRATCH = "dense, trained on", "upcycled to 8x2", "8x2 from scratch"
 
 
-def run(seeds, out):
-    for seed in seeds:
-        first = dense(out, seed)
-        before = first[0][2] / first[0][0] * D1  # FLOPs of the dense model so far
-        parent = ["--init", out / f"dense-{seed}/trunk/step-{D1 // STEP}", "--seed", seed]
-        budgets = (M // 2, M, 2 * M)
-        ladders = {
-            ON: ladder(out / f"on-{seed}", (*budgets, 4 * M), *parent),
-            UP: ladder(out / f"up-{seed}", budgets, *parent, "--upcycle", "8x2"),
-            SCRATCH: ladder(out / f"scratch-{seed}", (M, 2 * M, 4 * M), *SHAPE, "--experts", 8, "--top-k", 2,
-                            "--seed", seed),
-        }  # fmt: skip
-        rows = []
-        for name, points in ladders.items():
-            for tokens, loss, flops in points:
-                total = flops + (0 if name == SCRATCH else before)
-                rows.append({"model": name, "seed": seed, "tokens": tokens, "flops": f"{total:.6g}", "loss": loss})
-                print(rows[-1], flush=True)
-        write(TABLE, rows, [seed])
+def run(seed, out):
+    first = dense(out, seed)
+    before = first[0][2] / first[0][0] * D1  # FLOPs of the dense model so far
+    parent = ["--init", out / f"dense-{seed}/trunk/step-{D1 // STEP}", "--seed", seed]
+    mixture = [*SHAPE, "--experts", 8, "--top-k", 2, "--seed", seed]
+    budgets = (M // 2, M, 2 * M)
+    on = ladder(out / f"on-{seed}", (*budgets, 4 * M), *parent)
+    up = ladder(out / f"up-{seed}", budgets, *parent, "--upcycle", "8x2")
+    grown = {name: [(n, loss, before + C) for n, loss, C in points] for name, points in ((ON, on), (UP, up))}
+    write(TABLE, seed, {**grown, SCRATCH: ladder(out / f"scratch-{seed}", (M, 2 * M, 4 * M), *mixture)})
 
 
 def show():
@@ -83,14 +70,5 @@ def plot(curves, seeds):
     figure.savefig(ROOT / "experiments/upcycling.png", dpi=150)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "show"), help="train, or print the table and draw the curves")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds to train (default: 1 2 3)")
-    parser.add_argument("--out", type=Path, default=Path("out/tables"), help="folder of runs (default: %(default)s)")
-    args = parser.parse_args()
-    run(args.seeds, args.out) if args.what == "run" else show()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, run, show=show)
