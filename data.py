@@ -1,37 +1,35 @@
-"""Text to tokens to batches.
+"""Text to tokens to batches, and the n-gram ruler.
 
-A corpus is a list of documents. Each is encoded and followed by the tokenizer's end-of-text token; a twentieth is kept
-for validation; both parts are cached as raw token files and read through memory maps. A training window is T + 1
-neighbouring tokens (T inputs, T targets), and the order of windows is a pure function of (seed, position): a resumed
-run, eight processes instead of one and a child of the run all read the same list.
+A corpus is a list of documents. Each one is encoded and followed by the tokenizer's end-of-text token. A twentieth of
+the text is kept for validation. Both parts are cached as raw token files and read through memory maps.
+
+A training window is T + 1 neighbouring tokens: T inputs, and T targets one token further on. The order of the windows
+depends on the seed and on the position alone. So a resumed run, eight processes in place of one, and a child of the run
+all read the same list.
 
     specification  [name=]source[:weight],...         python       cpp:0.9,python:0.1       mine=notes/**/*.txt:1
                    no weights: corpora count by size; weight 0: only evaluated
     sources        python     Python's standard library without tests
-                   packages   the .py files, without tests, of the packages in requirements.txt
+                   packages   the .py files, without tests, of torch, numpy and the other PACKAGES below
                    cpp        the C++ headers that PyTorch installs
                    english    docstrings of those packages, and Python's help topics: no text of `python`
-                   a UTF-8 text file, a folder or glob of them; .jsonl: the field "text" of each line
+                   a UTF-8 text file, a folder or glob of them; of JSON lines (.jsonl, .ndjson): the field "text"
                    a folder of ready tokens: train.bin, val.bin (raw, little-endian) and meta.json,
                               {"dtype": "uint16" or "uint32", "vocab_size": ..., "bytes_per_token": ...}
     tokenizers     bytes      the 256 byte values; NUL is the end-of-text token (so is a NUL in a text)
                    gpt2, o200k_base ...               tiktoken's encodings (downloaded once)
-                   a tokenizer.model of tiktoken ranks (Llama 3): base64 token, space, rank on each line
-                   a byte-level BPE tokenizer.json (GPT-2, Llama 3, Qwen, SmolLM), or a checkpoint folder with one
+                   a tokenizer.json of any kind, a checkpoint folder with one, a file of tiktoken ranks (Llama 3)
                    ids:32000  no text: so many ids, for ready tokens (also a checkpoint folder without a tokenizer)
 
-Text is text: `<|endoftext|>` in a document is encoded as ordinary characters (`transformers`, asked to encode the same
-text, sees a special token). Bits per byte compare tokenizers; there, the end of a document counts as one byte.
+Validation takes whole units: top-level modules or folders, in a user's folder files. A hash of the unit's name chooses.
+The reason is near-copies, which are often neighbours. One in training gives away the other in validation, and the loss
+looks better than it is. Where every unit is too large, validation is the last twentieth of the text.
 
-Validation is split off by a hash of names, whole top-level modules or folders at a time (in a user's folder: files),
-because neighbours are often near-copies: one in training would give away the other, and the loss would look better than
-it is. Where no unit is small enough, it is the last twentieth of the text.
+Bits per byte compare tokenizers. For them the end of a document counts as one byte.
 
-Left out on purpose: masks between the documents in one window (the end-of-text token must do; a mask would be made in
-`Reader.load`, which sees those tokens, and handed on to the model's attention), corpora larger than memory (write
-train.bin and val.bin yourself), removal of near-copies (only exact copies go), beginning-of-text tokens, SentencePiece
-(Llama 2, Mistral 7B: ready tokens), training a tokenizer. The end of the file reads and writes the files of public
-tokenizers; a first reading can skip it.
+Left out on purpose: a mask between the documents of one window (the end-of-text token must do; a mask would be made in
+`Reader.load`, which sees those tokens), corpora larger than memory (write train.bin and val.bin yourself), and the
+removal of near-copies (only exact copies go).
 
 Try:
 1. `python data.py python`: 3-gram counts need 2.58 bits a byte. Let n run up to 7 in `ngram_losses`. (1.95 at n = 5,
@@ -44,12 +42,9 @@ Try:
 
 import argparse
 import ast
-import base64
 import glob
-import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -60,160 +55,33 @@ import signal
 import sys
 import sysconfig
 import time
-import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
+from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash, suggest
+
+# those of requirements.txt that the corpora were first measured on: another list would be another text
 PACKAGES = ("torch", "tiktoken", "numpy", "scipy", "tqdm", "pytest", "_pytest", "safetensors", "matplotlib")
 BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PACKAGES}  # {source: what it is made of}
 TESTS = {"test", "tests", "testing"}
 NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 VALIDATION = 0.05  # of the bytes
+LINES = (".jsonl", ".ndjson")  # endings, in small letters, of files that hold a document in JSON on each line
+MARK = "~regrow-"  # begins the names of folders that are being prepared
+BATCH = 2**24  # bytes of text that are encoded at once
 EVAL_TOKENS = 131072  # of a validation part are evaluated at most, unless asked for otherwise
-MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits
-FORMAT = 2  # of the cache: another number, and every corpus is prepared again
-
-
-def stable_hash(*parts):
-    """64 hexadecimal digits that depend on the parts (bytes, arrays, or anything with a str) and on nothing else."""
-    digest = hashlib.sha256()
-    for part in parts:
-        part = part if isinstance(part, (bytes, np.ndarray)) else str(part).encode("utf-8", "surrogatepass")
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def need(fine, message):
-    if not fine:
-        raise ValueError(message)
-
-
-@contextmanager
-def refuse(what, right):
-    """Whatever malformed input leads to inside becomes one line: what, the reason, what would be right."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as e:
-        reason = e if type(e) is ValueError else f"{type(e).__name__} {e}"
-        raise ValueError(f"{what}: {reason} ({right})") from None
-
-
-@contextmanager
-def plain_errors():
-    """What the file system refuses (no permission, name too long, disk full) becomes a ValueError of one line, too."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno is None:  # not from the file system: a FileNotFoundError of this file's
-            raise
-        right = "files that can be read, a folder that can be written"
-        raise ValueError(f"{e.filename or 'a file'}: {e.strerror} ({right})") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-@dataclass
-class Tokenizer:
-    """Text to token ids and back; `load_tokenizer` makes it."""
-
-    name: str  # as asked for
-    vocab_size: int  # the largest id + 1
-    eot: int | None  # end-of-text token
-    key: str  # hash of what it does: equal keys give equal ids, whatever folder it was loaded from
-    tokens: dict | None = None  # {id: bytes}; None: ids without text
-    bpe: tiktoken.Encoding | None = None  # None: every byte is a token, or ids without text
-    nfc: bool = False  # bring text to Unicode's normal form C first
-    files: dict | None = None  # {name: bytes} of the public files it was read from
-
-    def encode(self, texts):
-        """list of str -> list of integer arrays, on all cores. Bytes that have no token (SmolLM2 lacks 21) are dropped,
-        as by `transformers`."""
-        if self.tokens is None:  # ids are their own text: "17 4 31", as `decode` writes them
-            with refuse(f"tokenizer {self.name!r} cannot encode text", "ids such as 17 4 31, or ready tokens"):
-                arrays = [np.array(text.split(), np.uint32) for text in texts]
-                need(all((ids < self.vocab_size).all() for ids in arrays), "an id beyond its vocabulary")
-                return arrays
-        if self.bpe is None:
-            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        if self.nfc:
-            texts = [unicodedata.normalize("NFC", text) for text in texts]
-        encoded = self.bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-        return [ids[ids < self.vocab_size] for ids in (np.array(ids, np.uint32) for ids in encoded)]
-
-    def decode(self, ids):
-        """Integers (list, array or tensor) -> str. Ids without a token and bytes that are no UTF-8 become U+FFFD."""
-        ids = np.asarray(ids).reshape(-1).tolist()
-        if self.tokens is None:
-            return " ".join(map(str, ids))
-        return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", "replace")  # \xff: never in UTF-8
-
-    def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` opens. Those that the
-        tokenizer was read from are written unchanged; ids without text have none."""
-        for name, content in (self.files or public_files(self)).items():
-            partial = Path(folder, f"{name}.partial")
-            partial.write_bytes(content)
-            partial.replace(Path(folder, name))
-
-
-@plain_errors()
-def load_tokenizer(name="bytes"):
-    """The `Tokenizer` of a name in the table at the top of this file.
-    ValueError or FileNotFoundError: there is none, or tiktoken cannot represent it exactly."""
-    if name == "bytes":
-        return Tokenizer(name, 256, 0, name, {b: bytes([b]) for b in range(256)})
-    if re.fullmatch(r"ids:[1-9]\d{0,6}", name) and int(name[4:]) <= MAX_VOCAB:
-        return Tokenizer(name, int(name[4:]), None, name)
-    if name in tiktoken.list_encoding_names():
-        try:
-            bpe = tiktoken.get_encoding(name)
-        except OSError as e:
-            raise ValueError(f"no download of {name!r}: {type(e).__name__} (bytes needs no network)") from None
-        special = bpe._special_tokens
-        return make_tokenizer(name, bpe._pat_str, bpe._mergeable_ranks, special, special.get("<|endoftext|>"))
-    path = Path(name)
-    if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
-        path = next((file for file in files if file.exists()), path)
-    if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
-        with refuse(path, "a vocab_size"):
-            return load_tokenizer(f"ids:{json.loads(path.read_text())['vocab_size']}")
-    if path.is_file():
-        return read_json_tokenizer(name, path) if path.suffix == ".json" else read_ranks(name, path)
-    known = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
-    raise FileNotFoundError(f"no tokenizer {name!r} ({known}, a tokenizer.json or a rank file)")
-
-
-def suggest(word, known):
-    near = get_close_matches(word, known, 1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}"
-
-
-def make_tokenizer(name, split, ranks, special, eot, nfc=False, files=None):
-    """From tiktoken's parts: the regular expression that splits text, {bytes: id} of what may merge, {name: id}."""
-    tokens = {i: token for token, i in ranks.items()} | {i: text.encode() for text, i in special.items()}
-    size = max(tokens) + 1
-    key = stable_hash(portable(split), nfc, eot, sorted(special.items()), sorted(ranks.items()))[:16]
-    missing = {bytes([b]) for b in range(256)} - ranks.keys()  # tiktoken needs all bytes: ids that `encode` drops
-    ranks = ranks | {byte: size + i for i, byte in enumerate(sorted(missing))}
-    bpe = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(name, size, eot, key, tokens, bpe, nfc, files)
+FORMAT = 3  # of the cache: another number, and every corpus is prepared again
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,6 +95,8 @@ def parse_spec(spec):
     corpora = []
     for part in spec.split(","):
         name, source, weight = re.fullmatch(r"(?:([\w.-]+)=)?(.*?)(?::([^:/]*))?", part.strip(), re.S).groups()
+        if name and os.path.exists(f"{name}={source}"):  # a file called date=2024.txt
+            name, source = None, f"{name}={source}"
         need(source, f"no source in {part!r} of {spec!r} ([name=]source[:weight],... as cpp:0.9,python:0.1)")
         if weight is not None:
             with refuse(f"weight {weight!r} of {source!r}", f"a number, such as {source}:0.5"):
@@ -257,6 +127,9 @@ def list_files(source):
         files = [(f"{root.name}/{parts[0]}", file) for root in roots for parts, file in walk(root, TESTS, ".py")]
         return files + [("pydoc_data", stdlib / "pydoc_data/topics.py")] * (source == "english")
     if is_ready(source):
+        meta = '{"dtype": "uint16", "vocab_size": 50257, "bytes_per_token": 4.5}'
+        right = f"nanoGPT's files for GPT-2: {meta}, the last one the bytes of your text divided by its tokens"
+        need((path / "meta.json").exists(), f"{path / 'meta.json'} is missing: it says what train.bin holds ({right})")
         return [(name, path / name) for name in ("train.bin", "val.bin", "meta.json")]
     if path.is_dir():
         files = [("/".join(parts), file) for parts, file in walk(path)]
@@ -311,37 +184,57 @@ def read_documents(source, files, quiet=True):
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             texts = pool.map(read_docstrings, paths, chunksize=16)
             bar = tqdm(texts, "docstrings", len(paths), unit=" files", disable=quiet or None, leave=False)
-            texts = [[text] for text in bar]
+            found = [([text], 0) for text in bar]
     else:
-        texts = [read_texts(path, skip=source in BUILTIN) for path in paths]
+        found = [read_texts(path, skip=source in BUILTIN) for path in paths]
     units, skipped = {}, Counter()  # {text: unit}
-    for unit, text in ((unit, text) for (unit, _), found in zip(files, texts) for text in found):
+    for unit, text in ((unit, text) for (unit, _), (texts, _) in zip(files, found) for text in texts):
         if text and text.strip() and text not in units:
             units[text] = unit
         else:
             skipped["not UTF-8" if text is None else "copies" if text in units else "empty"] += 1
     need(units, f"{source} has no text ({len(files)} files, skipped: {dict(skipped)})")
     about = {"source": describe(source), "sha256": stable_hash(*units), "files": len(files), "documents": len(units)}
-    about |= {"skipped": dict(skipped), "bytes": sum(map(len, units))}
+    about |= {"skipped": dict(skipped), "replaced": sum(n for _, n in found), "bytes": sum(map(len, units))}
     return {"about": about}, [(unit, text) for text, unit in units.items()]
 
 
 def read_texts(path, skip):
-    """The documents of one file: its text, or the field "text" of each line of .jsonl; [None]: it is not UTF-8."""
+    """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: it is not UTF-8.
+
+    A document is the whole text or, in a file of JSON lines, the field "text" of each line."""
     text = path.read_bytes()
     try:
         text.decode()
-    except UnicodeDecodeError as e:
-        need(skip, f"{path} is not UTF-8 text at byte {e.start} (convert it, or a glob without it)")
-        return [None]
-    if path.suffix != ".jsonl":
-        return [text]
-    texts = []
+        need(text.count(0) <= len(text) / 4, f"but UTF-16: {text.count(0):,} of {len(text):,} bytes are NUL")
+    except ValueError as e:
+        wrong = f"at byte {e.start}" if isinstance(e, UnicodeDecodeError) else e
+        need(skip, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
+        return [None], 0
+    if skip or not holds_json_lines(path, text):
+        return [text], 0
+    texts, replaced = [], 0
     for number, line in enumerate(text.split(b"\n"), 1):
         if line.strip():
             with refuse(f"{path} line {number} has no text", 'each line: {"text": "..."}'):
-                texts.append(json.loads(line)["text"].encode())
-    return texts
+                record = json.loads(line)
+                need("text" in record, f"its fields are {', '.join(map(repr, record))}")
+                document, n = re.subn("[\ud800-\udfff]", "\ufffd", record["text"])
+                texts.append(document.encode())
+                replaced += n
+    return texts, replaced
+
+
+def holds_json_lines(path, text):
+    """Known by the ending, or by the first line: an object with a field "text" or, in .json, any object that others
+    follow."""
+    if path.suffix.lower() in LINES:
+        return True
+    first, _, rest = text.strip().partition(b"\n")
+    with suppress(ValueError, RecursionError):
+        record = json.loads(first) if first.startswith(b"{") else None
+        return isinstance(record, dict) and ("text" in record or path.suffix.lower() == ".json" and rest[:1] == b"{")
+    return False
 
 
 def read_docstrings(path):
@@ -374,6 +267,10 @@ class Corpus:
     vocab_size: int
     about: dict  # for run.json: source with versions, sha256, files, documents, skipped, bytes
 
+    def bits(self, loss):
+        """Nats a token -> bits a byte."""
+        return loss / math.log(2) / self.bytes_per_token
+
 
 @plain_errors()
 def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
@@ -390,10 +287,10 @@ def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
             found = check_ready(source, tokenizer) if is_ready(source) else read_documents(source, files, quiet)
         plans.append((name, source, weight, folder, found))
 
-    for old in Path(cache).glob("~*"):  # of a killed process: a day old, as it might be one at work on another machine
+    for old in Path(cache).glob(f"{MARK}*"):  # of a killed process: after a day, as one may be at work
         if time.time() - old.stat().st_mtime > 86400:
             shutil.rmtree(old, ignore_errors=True)
-    partial = Path(cache, f"~{platform.node()}-{os.getpid()}")
+    partial = Path(cache, f"{MARK}{platform.node()}-{os.getpid()}")
     try:  # folders are filled in `partial`, then renamed: killed at any instant, or raced by another, nothing is wrong
         for name, source, weight, folder, found in plans:
             if found is not None:
@@ -439,8 +336,8 @@ def check_ready(folder, tokenizer):
         need(length and length % dtype.itemsize == 0, f"{file} has {length} bytes ({right})")
         tokens.append(np.memmap(file, dtype, "r"))
         need(tokens[-1].max() < size, f"{file} has token {tokens[-1].max()} ({right})")
-    about = {"source": describe(folder), "sha256": stable_hash(*tokens), "files": 2, "documents": 2, "skipped": {}}
-    about["bytes"] = round(sum(map(len, tokens)) * per_token)
+    about = {"source": describe(folder), "sha256": stable_hash(*tokens), "files": 2, "documents": 2}
+    about |= {"skipped": {}, "replaced": 0, "bytes": round(sum(map(len, tokens)) * per_token)}
     return {"dtype": dtype.str, "vocab_size": size, "bytes_per_token": per_token, "about": about}, []
 
 
@@ -486,23 +383,24 @@ def split_documents(documents):
 def write_tokens(path, texts, tokenizer, dtype, bar):
     """Encode texts, each followed by the end-of-text token, into a raw file. Returns the number of tokens."""
     end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype).tobytes()
-    pieces = ((piece, end if last else b"") for text in texts for piece, last in cut_long(text))
     with open(path, "wb") as f:
-        while batch := list(itertools.islice(pieces, 256)):
-            for (piece, after), ids in zip(batch, tokenizer.encode([piece.decode() for piece, _ in batch])):
-                f.write(ids.astype(dtype).tobytes() + after)
+        for batch in batches(piece for text in texts for piece in tokenizer.pieces(text)):
+            for (piece, last), ids in zip(batch, tokenizer.encode([piece.decode() for piece, _ in batch])):
+                f.write(ids.astype(dtype).tobytes() + (end if last else b""))
                 bar.update(len(piece))
         return f.tell() // dtype.itemsize
 
 
-def cut_long(text, size=2**18):
-    """UTF-8 -> [(piece, is it the last)]: a long text in pieces for many cores. A piece ends with a single newline
-    between a visible character and a letter of ASCII: no tokenizer's token reaches over it."""
-    start, seam = 0, re.compile(rb"(?<=[!-~])\n(?=[A-Za-z])")
-    while m := seam.search(text, start + size):
-        yield text[start : m.end()], False
-        start = m.end()
-    yield text[start:], True
+def batches(pieces):
+    """[(piece of a text, ...)] -> lists of them, of at least BATCH bytes together but for the last."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,9 +478,14 @@ class Reader:
         return inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
 
 
-def last_settings(lineage):
-    """The settings of the last step of a lineage that read text, {} if none did."""
-    return ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]
+def same_text(step, corpora):
+    """Raises ValueError if a corpus is not the text that this step of a lineage has read."""
+    for corpus in corpora:
+        past = step["data"].get(corpus.name, corpus.about)
+        if past["sha256"] != corpus.about["sha256"]:
+            change = f"it was {past['source']}, it is {corpus.about['source']}, with other bytes"
+            right = "the old text, or --init to go on with the new one"
+            raise ValueError(f"the text of {corpus.name} has changed: {change} ({right})")
 
 
 def position(lineage, corpora, context, tokenizer):
@@ -653,127 +556,6 @@ def look_up(keys, values, asked):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files of tokenizers, read and written: for the second reading
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # digits stand alone
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
-END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
-PUBLIC_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-WAY_OUT = "byte-level BPE as in GPT-2, Llama 3, Qwen, SmolLM; for others, ready train.bin and val.bin with ids:32000"
-
-# A tokenizer.json spells each byte as one visible character: itself, or the next free one from U+0100 on.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
-BYTE = {char: b for b, char in CHAR.items()}
-BYTES_VOCAB = {(CHAR[b] if b else "\0"): b for b in range(256)}  # of `bytes`: NUL is a special token, found as itself
-
-
-def read_ranks(name, path):
-    """A tiktoken rank file, split as Llama 3 does; if it has 128,000 ranks, with Llama 3's 256 special tokens."""
-    with refuse(f"{path} is no tiktoken rank file; a SentencePiece model?", WAY_OUT):
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        n = len(ranks)
-        need(sorted(ranks.values()) == [*range(n)], "the ranks are not 0, 1, 2 ...")
-        need({bytes([b]) for b in range(256)} <= ranks.keys(), "not every byte has a rank")
-    if n != 128000:
-        return make_tokenizer(name, LLAMA3_SPLIT, ranks, {"<|endoftext|>": n}, n)
-    reserved = (f"reserved_special_token_{i}" for i in itertools.count())
-    special = {f"<|{LLAMA3_NAMES.get(i) or next(reserved)}|>": n + i for i in range(256)}
-    return make_tokenizer(name, LLAMA3_SPLIT, ranks, special, n + 1)
-
-
-def read_json_tokenizer(name, path):
-    """A tokenizer.json with byte-level BPE, and what lies beside it. ValueError names what tiktoken cannot do exactly.
-
-    tiktoken knows no list of merges: of all neighbours that make a token it merges those that make the lowest id. For
-    a vocabulary that was trained this is the same, if ids ascend along the list and it makes all longer tokens."""
-    files = {f: (path.parent / f).read_bytes() for f in PUBLIC_FILES if (path.parent / f).is_file()}
-    files["tokenizer.json"] = path.read_bytes()
-    with refuse(f"{path} is no byte-level tokenizer.json that tiktoken can follow", WAY_OUT):
-        public = json.loads(files["tokenizer.json"])
-        model, added = public["model"], {t["content"]: t["id"] for t in public.get("added_tokens") or []}
-        need(model.get("type", "BPE") == "BPE", f"a {model.get('type')} model")
-        for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            need(not model.get(option), f"BPE with {option} {model.get(option)!r}")
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        if model["vocab"] == BYTES_VOCAB and not merges:
-            return load_tokenizer("bytes")
-        normalizer, split = public.get("normalizer"), read_split(public["pre_tokenizer"])
-        need(normalizer in (None, {"type": "NFC"}), f"normalizer {normalizer}")
-        need(split, f"pre-tokenizer {public['pre_tokenizer']}")
-        made = [model["vocab"][a + b] for a, b in merges]
-        need(made == sorted(made), "a list of merges in another order than their ids")
-        vocab = {t: i for t, i in model["vocab"].items() if t not in added}
-        lost = {t for t in vocab if len(t) > 1} - {a + b for a, b in merges}
-        need(not lost or model.get("ignore_merges"), f"tokens that its merges do not make ({len(lost)} of them)")
-        need(len({*vocab.values()}) == len(vocab), "an id of two tokens")
-        need(max([*vocab.values(), *added.values()]) < MAX_VOCAB, f"an id above {MAX_VOCAB}")
-        ranks = {bytes(BYTE[c] for c in t): i for t, i in vocab.items()}
-        end = next((added[name] for name in END_NAMES if name in added), None)  # unless the next lines find another
-        match json.loads(files.get("tokenizer_config.json", b"{}")):
-            case {"eos_token": str(named) | {"content": str(named)}} if named in added:
-                end = added[named]
-        return make_tokenizer(name, split, ranks, added, end, bool(normalizer), files)
-
-
-def read_split(splitter):
-    """The pre_tokenizer of a tokenizer.json -> a regular expression for tiktoken; None if it is none of these."""
-    match splitter:
-        case {"type": "ByteLevel", "add_prefix_space": False} if splitter.get("use_regex", True):
-            return GPT2_SPLIT
-        case {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, last]}:  # SmolLM
-            return DIGITS_SPLIT if read_split(last) == GPT2_SPLIT else None
-        case {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]}:  # Llama 3, Qwen: so ends what covers all text; two signs mean something else in tiktoken
-            whole = split.endswith((r"|\s+(?!\S)|\s+", r"|\s+(?!\S)|\s"))
-            return split if whole and not re.search(r"\$|\{[\d,]+\}\+", split) else None
-    return None
-
-
-def portable(split):
-    """tiktoken's regular expression in words that Hugging Face's engine, Oniguruma, reads the same way: without the
-    possessive marks of `x++` and `x{1,3}+` (they save backtracking, no more), and with \\z for `$`."""
-    return re.sub(r"(?<!\\)([?*+]|\{[\d,]+\})\+", r"\1", split).replace("$", r"\z")
-
-
-def public_files(tokenizer):
-    """{file name: bytes}: tokenizer.json, tokenizer_config.json for `bytes` and for tiktoken's encodings.
-
-    tiktoken merges any two neighbours whose concatenation has a rank, lowest rank first. As a list of merges: every way
-    to cut each token into two tokens, in the order of ranks. (`ignore_merges`: a word that is a token stays whole.)"""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if tokenizer.tokens is None:
-        return {}
-    if tokenizer.bpe is None:
-        vocab, merges, special, splitters = BYTES_VOCAB, [], {"\0": 0}, [byte_level]
-    else:
-        ranks, special = tokenizer.bpe._mergeable_ranks, tokenizer.bpe._special_tokens
-        spell = {token: "".join(CHAR[b] for b in token) for token in ranks}
-        cuts = ((t[:i], t[i:]) for t in sorted(ranks, key=ranks.get) for i in range(1, len(t)))
-        merges = [f"{spell[a]} {spell[b]}" for a, b in cuts if a in ranks and b in ranks]
-        vocab = {spell[token]: rank for token, rank in ranks.items()} | special
-        pattern = {"Regex": portable(tokenizer.bpe._pat_str)}
-        splitters = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, byte_level]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    public = {"version": "1.0", "normalizer": None, "decoder": byte_level}
-    public["added_tokens"] = [{"id": i, "content": text, **flags} for text, i in special.items()]
-    public["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitters}
-    public["model"] = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
-    end = next((text for text, i in special.items() if i == tokenizer.eot), None)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-    files = {"tokenizer.json": public, "tokenizer_config.json": config}
-    return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -781,7 +563,7 @@ def main(argv=None):
         prog="data.py",
         usage="data.py SPEC [--tokenizer NAME] [--context T] [--cache FOLDER]",
         description="Prepares corpora and describes them:  python data.py cpp,mine=notes/**/*.txt --tokenizer gpt2",
-        epilog=__doc__[__doc__.index("    specification") : __doc__.index("\n\nText is text")],
+        epilog=__doc__[__doc__.index("    specification") : __doc__.index("\n\nValidation takes")],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -810,7 +592,7 @@ def report(corpus, tokenizer, context):
     excerpt = tokenizer.decode(corpus.val[:300]).strip().splitlines()[:8]
     lines = [
         f"\n{corpus.name}: {about['source']}",
-        f"  files            {about['files']:,} (skipped: {skipped})",
+        f"  files            {about['files']:,} (skipped: {skipped}; lone surrogates replaced: {about['replaced']})",
         f"  text             {about['bytes']:,} bytes, sha256 {about['sha256'][:12]}",
         f"  tokens           {tokens:,} of {corpus.vocab_size:,} kinds, {corpus.bytes_per_token:.2f} bytes each",
         f"  training         {len(corpus.train):,}: {windows:,} windows of {context}",
