@@ -95,19 +95,19 @@ def read_csv(path, needed):
             header, *rows = [r for r in csv.reader(file) if r] or [[]]
         except csv.Error as wrong:
             raise ValueError(f"{path} is not CSV: {wrong}") from None
-    for name in needed:
-        if name not in header or not rows:
-            near = difflib.get_close_matches(name.lower(), header, 3, 0) if rows else ["it has no rows"]
-            why = f"nearest: {', '.join(near)}"
-            if name in [h.strip() for h in header]:
-                why = f"its header has it with blanks: {','.join(header)!r}; take them out"
-            elif len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
-                why = f"its header {header[0]!r} is separated by {mark[0]!r}: use commas, and points for decimals"
-            raise ValueError(f"{path} has no column {name} ({why})")
+    if len(header) == 1 and needed[0] not in header and (mark := re.search("[;\t|]", header[0])):
+        raise ValueError(f"{path} has no column {needed[0]}: its header {header[0]!r} is separated by {mark[0]!r} (separate "
+                         "by commas, and write points for decimals)")
     for i, r in enumerate(rows, 1):
         if len(r) > len({*header}):
             raise ValueError(f"{path}, row {i} has {len(r)} cells for the columns {', '.join(header)} (one each, and a "
-                             "point for decimals: 1.5e9)")
+                             "point for decimals)")
+    for name in needed:
+        if not rows or name not in header:
+            near = f"nearest: {', '.join(difflib.get_close_matches(name.lower(), header, 3, 0)) if rows else 'it has no rows'}"
+            blank = [h for h in header if h.strip() == name]
+            why = f"its header has {blank[0]!r}: take the blanks out" if rows and blank else near
+            raise ValueError(f"{path} has no column {name} ({why})")
     return [dict(itertools.zip_longest(header, r, fillvalue="")) for r in rows]
 
 

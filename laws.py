@@ -259,17 +259,16 @@ def predict(model, **at):
 
 
 def band(model, function):
-    """95 % intervals {name: [low, high]} of function(model), {name: number}, over the model's refits; {} without any."""
-    found, refits = [], model.get("refits", [])
+    """95 % interval [low, high] of function(model), a number or a list of them, over the model's refits; None without."""
+    values, refits = [], model.get("refits", [])
     for refit in refits:
         coefficients = {**model["coefficients"], **dict(zip(model["intervals"], refit))}
         try:
-            found.append(function({**model, "coefficients": coefficients}))
+            values.append(function({**model, "coefficients": coefficients}))
         except ValueError:  # this refit has no optimum
             pass
-    if not found or len(found) < 0.9 * len(refits):
-        return {}
-    return {name: np.percentile([f[name] for f in found], model["percentiles"]).tolist() for name in found[0]}
+    enough = values and len(values) >= 0.9 * len(refits)
+    return np.percentile(values, model["percentiles"], axis=0).tolist() if enough else None
 
 
 def outside(model, **at):
@@ -386,7 +385,7 @@ def load_fit(path):
     try:
         report = json.loads(Path(path).read_text("utf-8"), parse_constant=number)
         at = {c: sum(report["fitted"][c]) / 2 for c in columns(row(report["law"], report["set"]).form)}
-        predict(report, **at), band(report, lambda m: {"L": predict(m, **at)}), ", ".join(report["undetermined"])
+        predict(report, **at), band(report, lambda m: predict(m, **at)), ", ".join(report["undetermined"])
         return report
     except (OSError, *DAMAGE) as wrong:
         raise ValueError(f"{path} is not a fit: {wrong!r} (write one with `laws.py fit LAW runs.csv --json`)") from None
@@ -466,7 +465,7 @@ def run_predict(args):
     the = row(args.law, model["set"])
     at = asked(args, the.form)
     answer = {the.target: predict(model, **at), "outside": outside(model, **at), "wrong": model.get("wrong", ""),
-              "interval": band(model, lambda m: {"L": predict(m, **at)}).get("L"),
+              "interval": band(model, lambda m: predict(m, **at)),
               "undetermined": model.get("undetermined", [])}
     if args.json:
         return answer

@@ -87,18 +87,20 @@ def optimal(model, *budget, **flags):
     stacking takes N and D of the target and gives {"d", "g"}: train a base of N / g parameters on d tokens, stack it g
     times, train on (Du et al. 2024, Eq. 2). ValueError if there is no optimum.
     """
-    the = row(model["law"], model["set"])
-    name = f"{model['law']} {model['set']}"
-    at = the.buys and the.buys(*budget, **flags)
-    if not at or not {*columns(the.form)} <= {*at(**{k: v.default[0] for k, v in inspect.signature(at).parameters.items()})}:
-        raise ValueError(f"no rule of allocation for {name} (its row in laws.py has to say what a budget buys)")
-    best = search(lambda **place: evaluate(the.form, model["coefficients"], **place), at)
+    the, name = row(model["law"], model["set"]), f"{model['law']} {model['set']}"
+    if the.buys is None:
+        others = [set for set, r in LAWS[model["law"]].items() if r.buys]
+        raise ValueError(f"no rule of allocation for {name} (sets of its law that have one: {', '.join(others) or 'none'})")
+    try:
+        best = search(lambda **place: evaluate(the.form, model["coefficients"], **place), the.buys(*budget, **flags))
+    except KeyError as column:
+        raise ValueError(f"no rule of allocation for {name}: its row in laws.py does not say how a budget buys {column}") from None
     value = predict(model, **{c: best[c] for c in columns(the.form)})
     if the.target == "d" and value >= best["D"]:
         raise ValueError(f"the rule gives d = {value:.4g} tokens for the base, not below D = {best['D']:.4g}: out of its "
                          f"range (fitted on 410M to 3B parameters; for N = {best['N']:.4g} take e.g. a tenth of D)")
-    budget = inspect.signature(the.buys).bind(*budget, **flags).arguments
-    return {**best, **{k: v for k, v in budget.items() if k == "C"}, the.target: value}
+    asked_for = inspect.signature(the.buys).bind(*budget, **flags).arguments
+    return {**best, **({"C": asked_for["C"]} if "C" in asked_for else {}), the.target: value}
 
 
 def budget(N, D1, C, models=None, top_k=2):
@@ -139,7 +141,6 @@ def budget(N, D1, C, models=None, top_k=2):
         return {"flops": flops, "D2": flops / moe, "then": one if gap[i] > 0 else other}
 
     ways = {way: loss(way, C) if way in known else None for way in every}
-    bands = {way: band(model, lambda m, at=at: {"L": predict(m, **at)}) for way, (model, at) in known.items()}
     return {
         "ways": ways,
         "best": min(known, key=ways.get),
@@ -147,7 +148,7 @@ def budget(N, D1, C, models=None, top_k=2):
         "why_null": {way: why for way in every if way not in known},
         "tokens": tokens,
         "outside": {way: outside(model, **at) for way, (model, at) in known.items()},
-        "intervals": {way: found.get("L") for way, found in bands.items()},
+        "intervals": {way: band(model, lambda m, at=at: predict(m, **at)) for way, (model, at) in known.items()},
         "undetermined": {way: model.get("undetermined", []) for way, (model, _) in known.items()},
         "curves": {way: curve.tolist() for way, curve in curves.items()} | {"flops": budgets.tolist()},
     }
@@ -160,17 +161,15 @@ def budget(N, D1, C, models=None, top_k=2):
 def run_optimal(args):
     model = chosen_model(args)
     the = row(args.law, model["set"])
-    if the.buys is None:
-        raise ValueError(f"{args.law} {model['set']} has no optimum (sets that have one: "
-                         f"{', '.join(s for s, r in LAWS[args.law].items() if r.buys)})")
-    flags = asked(args, the.buys)
+    flags = asked(args, the.buys) if the.buys else {}  # without it optimal() says so
     try:
         best = optimal(model, **flags)
     except ValueError as wrong:
         names = ", ".join(model.get("undetermined", []))
         raise ValueError(f"{wrong}" + f" (the fit's runs do not determine {names})" * bool(names)) from None
-    bands = band(model, lambda m: optimal(m, **flags))
-    bands = {name: ends for name, ends in bands.items() if name not in flags and name not in ("C", "g")}
+    ends = band(model, lambda m: list(optimal(m, **flags).values()))
+    bands = dict(zip(best, zip(*ends))) if ends else {}
+    bands = {name: list(pair) for name, pair in bands.items() if name not in flags and name not in ("C", "g")}
     factors = outside(model, **{c: best[c] for c in columns(the.form)})
     if args.json:
         return best | {"intervals": bands, "outside": factors, "wrong": model.get("wrong", ""),
