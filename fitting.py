@@ -216,7 +216,7 @@ def polish(X, y, theta, free):
         return np.einsum("kn,kpn->np", share, W.T @ X)
 
     found = least_squares(lambda phi: residuals((theta + W @ phi)[None], X, y)[0][0], np.zeros(W.shape[1]), jacobian,
-                          loss="huber", f_scale=HUBER, xtol=1e-15, ftol=1e-15, gtol=1e-15)
+                          loss="huber", f_scale=HUBER, xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=200)
     last = theta + W @ found.x
     last = last if np.abs(last).max() < FAR else theta
     return last, huber(residuals(last[None], X, y)[0]).sum()
@@ -350,7 +350,10 @@ def tied(form, table, names):
 def undetermined(form, table, best):
     """{coefficient: reason} for those that the runs do not determine, whatever the noise was."""
     names = [name for name, free in zip(best.names, best.free) if free]
-    r, share = residuals(best.theta[None], best.X, best.y)
+    logs = {c: log(table[c]) for c in columns(form)}  # a column that is as good as constant is taken for constant
+    table = {c: np.exp(v if v.std() > TIED else np.full(len(v), v.mean())) for c, v in logs.items()}
+    X = design(form, table)[2]
+    r, share = residuals(best.theta[None], X, best.y)
     why, P = {}, len(names)
     if best.possible[0]:
         why[best.names[best.E]] = "without it the law fits as well as noise allows"
@@ -358,7 +361,7 @@ def undetermined(form, table, best):
     if flat - best.f <= allowance(r[0], P, max(1, P - 1)):
         why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
     why = tied(form, table, names) | why
-    J = np.einsum("kn,kpn->np", share[:, 0], best.X[:, best.free])  # d r / d theta
+    J = np.einsum("kn,kpn->np", share[:, 0], X[:, best.free])  # d r / d theta
     J /= np.maximum(np.linalg.norm(J, axis=0), 1e-100)
     _, s, V = np.linalg.svd(J)  # a change of theta along a V with s = 0 changes no prediction
     for j in np.flatnonzero((np.abs(V[s < 1e-8]) > 1e-4).any(0)):

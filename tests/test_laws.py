@@ -205,6 +205,87 @@ def test_coefficients_that_no_run_speaks_of_are_named():
     assert {"E", "B", "beta"} <= {*laws.fit("chinchilla", table)["undetermined"]}
 
 
+def remade(law, set, table, noise=0.003):
+    """The table with the losses that the law gives after its columns were changed."""
+    the, rng = laws.row(law, set), np.random.default_rng(7)
+    exact = fitting.evaluate(the.form, the.coefficients, **table)
+    return table | {the.target: exact * np.exp(noise * rng.standard_normal(len(exact)))}
+
+
+@pytest.mark.parametrize("noise", [0, 0.002, 0.01])
+def test_a_ladder_of_one_ratio_determines_none_of_the_four(noise):
+    N = 1e8 * 2.0 ** np.arange(9)
+    report = laws.fit("chinchilla", remade("chinchilla", None, {"N": N, "D": 20 * N}, noise))
+    assert {"A", "alpha", "B", "beta"} <= {*report["undetermined"]} and "tied" in report["why"]["alpha"]
+    assert json.dumps(report, allow_nan=False)
+    two = {"N": np.append(N, N), "D": np.append(20 * N, 100 * N)}
+    assert laws.fit("chinchilla", remade("chinchilla", None, two, noise / 10))["undetermined"] == []
+
+
+@pytest.mark.parametrize(
+    "law, set, a, b, power, names",
+    [
+        ("chinchilla", None, "N", "D", 1, "A alpha B beta"),
+        ("chinchilla", None, "N", "D", 0.7, "A alpha B beta"),
+        ("chinchilla", None, "N", "D", -1, "A alpha B beta"),
+        ("chinchilla", None, "N", "D", 0, "E B beta"),
+        ("chinchilla", None, "D", "N", 0, "E A alpha"),
+        ("fine-grained", "E64", "N_total", "D", 1, "a alpha b beta"),
+        ("fine-grained", "E64", "N_total", "G", 0.5, "a alpha g gamma"),
+        ("fine-grained", "E64", "D", "G", 0.5, "b beta g gamma"),
+        ("fine-grained", "E16", "N_total", "G", 0, "a g gamma"),
+        ("fine-grained", "dense", "N", "D", 1, "a alpha b beta"),
+        ("upcycling", "upcycled", "D1", "D2", 1, "A alpha1 alpha2"),
+        ("upcycling", "upcycled", "D1", "N", 1, "A alpha1 B beta"),
+        ("upcycling", "upcycled", "D2", "N", 0.5, "A alpha2 B beta"),
+        ("upcycling", "upcycled", "D2", "D1", 0, "A alpha1"),
+        ("upcycling", "dense", "N", "D", 1, "A alpha B beta"),
+        ("upcycling", "moe", "N", "D", 0.8, "A alpha B beta"),
+        ("continual", "continual", "N", "D", 1, "A alpha B beta gamma"),
+        ("continual", "scratch", "N", "D", 1, "A alpha B beta"),
+        ("stacking", "tokens", "N", "C", 2, "a b c"),
+        ("joint", "joint", "N_active", "D", 1, "a alpha b beta"),
+        ("joint", "joint", "N_active", "E", 0.5, "a alpha delta gamma"),
+    ],
+)
+def test_coefficients_of_tied_columns_are_named(law, set, a, b, power, names):
+    """b is proportional to a power of a, up to whole steps (0.1 %); a power of 0: b is the same in all runs."""
+    table = synthetic(law, set)
+    rounded = np.exp(1e-3 * np.random.default_rng(1).uniform(-1, 1, 60))
+    table[b] = 3 * np.median(table[b]) * (table[a] / np.median(table[a])) ** power * rounded
+    report = laws.fit(law, remade(law, set, table), set)
+    assert {*names.split()} <= {*report["undetermined"]} and json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("law, set", EVERY)
+def test_no_coefficient_is_named_if_the_runs_determine_all(law, set, seed):
+    assert laws.fit(law, synthetic(law, set, noise=1e-5, seed=seed), set)["undetermined"] == []
+
+
+def test_equal_losses_determine_nothing():
+    report = laws.fit("chinchilla", synthetic("chinchilla") | {"L": np.full(60, 3.0)})
+    assert {*report["undetermined"]} == {"E", "A", "B", "alpha", "beta"}
+
+
+def test_a_fixed_coefficient_unties_what_it_was_tied_to():
+    N = np.geomspace(1e8, 1e10, 20)
+    table, frozen = {"N": N, "D": 20 * N}, {"E": 1.55, "A": 420.0, "alpha": 0.4}
+    assert laws.fit("continual", remade("continual", "scratch", table, 1e-4), "scratch", frozen)["undetermined"] == []
+    report = laws.fit("continual", remade("continual", "continual", table, 1e-4), "continual", frozen)
+    assert {"B", "beta", "gamma"} == {*report["undetermined"]}
+
+
+def test_optimum_of_an_undetermined_fit_says_so(tmp_path, capsys):
+    N = 1e8 * 2.0 ** np.arange(9)
+    path = write_table(tmp_path / "runs.csv", remade("chinchilla", None, {"N": N, "D": 20 * N}, 0))
+    (tmp_path / "fit.json").write_text(json.dumps(said(capsys, "fit", "chinchilla", path, "--json")))
+    ask = ["optimal", "chinchilla", "--flops", "1e21", "--fit", tmp_path / "fit.json"]
+    assert said(capsys, *ask, "--json")["undetermined"] == ["A", "alpha", "B", "beta"]
+    main(*ask)
+    assert "do not determine A, alpha, B, beta" in capsys.readouterr().out
+
+
 def test_comparison_of_nested_forms_keeps_the_term_that_the_data_need_and_only_that():
     needed = laws.fit("continual", synthetic("continual", noise=0.002))
     assert needed["simpler"]["without"] == ["gamma"] and needed["simpler"]["needed"]
@@ -233,6 +314,51 @@ def test_a_law_of_ones_own_is_one_function_and_one_line(monkeypatch):
     report = laws.fit("power", {"C": C, "L": 33.7 * C**-0.0579}, bootstrap=20)
     assert report["coefficients"] == pytest.approx({"a": 33.7, "b": 0.0579}, rel=1e-4) and report["undetermined"] == []
     assert laws.predict(report, C=1e23) == pytest.approx(33.7 * 1e23**-0.0579, rel=1e-4)
+
+
+def test_a_law_with_a_column_and_a_budget_of_its_own_is_one_function_and_one_row(tmp_path, capsys, monkeypatch):
+    def wide(N, D, vocabulary):
+        """L = E + A N^-alpha + B D^-beta + W vocabulary^-omega"""
+        return [*laws.chinchilla(N, D), ("W", {"omega": -np.log(vocabulary)})]
+
+    truth = laws.published("chinchilla")["coefficients"] | {"W": 30.0, "omega": 0.5}
+    monkeypatch.setitem(laws.LAWS, "wide", {"mine": laws.Row(wide, buys=lambda C, vocabulary: lambda N=laws.SIZES: {
+        "N": N, "vocabulary": vocabulary, "D": C / (6 * (N + 1e3 * vocabulary))})})  # fmt: skip
+    rng = np.random.default_rng(0)
+    table = {c: np.exp(rng.uniform(*np.log(e), 60)) for c, e in zip(("N", "D", "vocabulary"), ((1e8, 1e10), (1e9, 1e11),
+                                                                                            (256, 1e5)))}  # fmt: skip
+    table["L"] = fitting.evaluate(wide, truth, **table)
+    path = write_table(tmp_path / "runs.csv", table)
+    (tmp_path / "fit.json").write_text(json.dumps(said(capsys, "fit", "wide", path, "--bootstrap", "20", "--json")))
+    own = ["--fit", tmp_path / "fit.json", "--json"]
+    at = {"N": 1e9, "D": 2e10, "vocabulary": 32000}
+    answer = said(capsys, "predict", "wide", "--N", 1e9, "--D", 2e10, "--vocabulary", 32000, *own)
+    assert answer["L"] == pytest.approx(float(fitting.evaluate(wide, truth, **at)), rel=1e-4)
+    best = said(capsys, "optimal", "wide", "--flops", 1e20, "--vocabulary", 32000, *own)
+    for bump in (0.9, 1.1):
+        N = best["N"] * bump
+        other = fitting.evaluate(wide, truth, N=N, D=1e20 / (6 * (N + 3.2e7)), vocabulary=32000)
+        assert best["L"] < other and best["vocabulary"] == 32000
+
+
+@pytest.mark.parametrize(
+    "E, m, mu, n, nu",
+    [
+        (1, 30.3640, -0.1817, 53.9838, -0.1965),
+        (2, 27.7982, -0.1780, 66.8401, -0.2065),
+        (4, 24.8462, -0.1731, 87.7022, -0.2192),
+        (8, 21.8330, -0.1676, 119.9126, -0.2338),
+        (16, 19.0159, -0.1617, 167.5073, -0.2494),
+        (32, 16.5424, -0.1557, 234.6726, -0.2652),
+    ],
+)
+def test_joint_law_at_a_fixed_number_of_experts_is_the_papers_table_4(E, m, mu, n, nu):
+    """L = m N^mu + n D^nu + c; the printed digits of the coefficients leave 0.3 %."""
+    for N, D in ((1e9, 2e10), (2e8, 1e10), (4e9, 2e11)):
+        assert loss("joint", N_active=N, D=D, E=E) - 1.3637 == pytest.approx(m * N**mu + n * D**nu, rel=3e-3)
+    known = {1: 2.57760, 2: 2.55868, 4: 2.53516, 8: 2.50878, 16: 2.48139, 32: 2.45456}
+    assert loss("joint", N_active=1e9, D=2e10, E=E) == pytest.approx(known[E], abs=5e-6)
+
 
 
 def test_help_opens_with_the_commands_and_lists_the_sets():
@@ -309,6 +435,35 @@ def test_bad_tables_are_refused_with_row_and_column_and_left_alone(tmp_path, cap
     line = refused(capsys, "fit", law, path, "--plot", tmp_path / "fit.png")
     assert all(word in line for word in says), line
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["runs.csv"]
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda t: t.replace(".", ",").replace("D,L", "D;L").replace("N,D", "N;D"), "separated by ';'"),
+        (lambda t: t.replace(",", "\t"), "separated by '\\t'"),
+        (lambda t: t.replace("N,D,L", "N, D,L"), "' D': take the blanks out"),
+        (lambda t: spoil(t, 3, "", '"1,5e9",2e10,3'), "a decimal comma"),
+        (lambda t: spoil(t, 3, "", "1,5e9,2e10,3"), "a point for decimals"),
+    ],
+)
+def test_tables_of_other_customs_are_named_for_what_they_are(tmp_path, capsys, edit, says):
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"))
+    path.write_text(edit(path.read_text().replace("\r", "")))
+    assert says in refused(capsys, "fit", "chinchilla", path)
+
+
+@pytest.mark.parametrize(
+    "arguments, near",
+    [
+        ("predict chinchilla --N 1 --D 1 --sett hoffmann", "--set"),
+        ("optimal chinchilla --flop 1e20", "--flops"),
+        ("budget --have-n 1 --have-d 1 --flops 1 --topk 2", "--top-k"),
+        ("table out --seed", "--seeds"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest_one(capsys, arguments, near):
+    assert refused(capsys, *arguments.split()).endswith(f"(did you mean {near}?)")
 
 
 def test_a_refused_row_of_a_table_is_called_by_its_run(tmp_path, capsys):

@@ -60,6 +60,31 @@ def test_continual_allocation_reproduces_equations_8_and_9():
             )  # printed digits
 
 
+# FLOPs: billions of active parameters and tokens for 1, 2, 4, 8, 16, 32 experts
+JOINT = {
+    1e20: ((1.7, 9.7), (1.5, 11.4), (1.2, 13.9), (0.99, 17), (0.81, 20.7), (0.669, 24.9)),
+    1e21: ((5.7, 29.3), (5, 33), (4.4, 38), (3.8, 44.3), (3.3, 51.2), (2.85, 58.4)),
+    1e22: ((18.8, 88.6), (17.4, 96), (15.8, 105.4), (14.4, 115.8), (13.2, 126.5), (12.2, 136.9)),
+}
+
+
+@pytest.mark.parametrize("C", JOINT)
+def test_joint_optimum_reproduces_its_papers_table(C):
+    for E, known in zip((1, 2, 4, 8, 16, 32), JOINT[C]):
+        best = plan.optimal(laws.published("joint"), C, E=E)
+        for value, printed in zip((best["N_active"], best["D"]), known):
+            assert value / 1e9 == pytest.approx(printed, rel=0.02), (E, best)  # D is that of the rounded N
+
+
+def test_optimum_of_chinchilla_balances_its_two_prices():
+    """alpha A N^-alpha = beta B D^-beta, Hoffmann's Eq. 4."""
+    for set in laws.LAWS["chinchilla"]:
+        model, best = laws.published("chinchilla", set), plan.optimal(laws.published("chinchilla", set), 1e21)
+        c = model["coefficients"]
+        price = c["alpha"] * c["A"] * best["N"] ** -c["alpha"], c["beta"] * c["B"] * best["D"] ** -c["beta"]
+        assert price[0] == pytest.approx(price[1], rel=1e-5)
+
+
 LLAMAS = [(8e9, 15e12, 6.581), (7e9, 2e12, 11.113), (13e9, 2e12, 15.844), (70e9, 2e12, 42.475)]  # N, D, d in 1e9
 
 
@@ -177,7 +202,7 @@ def test_plots_are_written(tmp_path, capsys):
     make_run(tmp_path / "out/3", [], [5, 2], tokens=2e8)
     folders = [str(tmp_path / f"out/{i}") for i in (1, 2, 3)]
     runs.main(["compare", *folders, "--seeds", "--plot", str(tmp_path / "compare.png")])
-    for name in ("fit", "budget", "compare"):
+    for name in ("fit", "plan", "compare"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 

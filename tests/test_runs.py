@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_laws import loss, refused, said
 
 import laws
@@ -263,3 +264,33 @@ def test_fit_refuses_a_table_of_dense_models_and_mixtures(tmp_path, capsys):
     (tmp_path / "runs.csv").write_text(capsys.readouterr().out)
     line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
     assert "row 1 (" in line and "out/0) has E none K none, row 4 (" in line and "out/3) has E 8.0 K 2.0" in line
+
+
+# -------------------------------------------------------------------------------------------- what the trainer writes
+
+
+def test_a_table_is_cut_back_to_the_step_of_a_resume(tmp_path):
+    runs.open_table(tmp_path / "log.csv", ["step", "loss"], -1)
+    for step in (10, 20, 30):
+        runs.add_row(tmp_path / "log.csv", ["step", "loss"], {"step": step, "loss": 3, "unused": 1})
+    runs.open_table(tmp_path / "log.csv", ["step", "loss"], 20)
+    assert [row["step"] for row in rows_of((tmp_path / "log.csv").read_text())] == ["10", "20"]
+
+
+@pytest.mark.parametrize("load", [None, torch.tensor([[4.0, 0.0, 2.0, 2.0]])])
+def test_the_end_of_a_run_is_told_on_one_screen(tmp_path, capsys, load):
+    """Also in a folder whose name is half a formula."""
+    out = tmp_path / r"o_$\x$"
+    make_run(out, [], [5, 3])
+    runs.summarise(out, {"python": [4, 3.5, 2.5], "other": [3, 3, 3]}, {"python": 3.0, "other": 9.0},
+                   {"python": 1.5, "other": 4.5}, load, "def f():")  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "below 2-gram counts" in shown and "above all of them" in shown and "def f():" in shown
+    assert ("layer  0  9.55" in shown) == (load is not None) and ("--upcycle" in shown) == (load is None)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_flag_of_the_other_command_is_refused(tmp_path, capsys):
+    make_run(tmp_path / "a", [], [5, 3])
+    assert "a flag of compare" in refused(capsys, "table", tmp_path, "--target", "3")
+    assert "a flag of table" in refused(capsys, "compare", tmp_path, "--smooth", "3")
