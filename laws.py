@@ -39,15 +39,10 @@ Try:
    error against 1.3 %. What cannot flatten out promises too much.)
 """
 
-import argparse
-import difflib
 import inspect
 import json
 import math
-import os
-import re
 import signal
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +53,8 @@ import numpy as np
 from numpy import log
 
 import fitting
-from fitting import DAMAGE, columns, evaluate, number, read_table
+from fitting import columns, evaluate
+from tables import DAMAGE, Parser, column, named, number, read_csv, show, whole
 
 SIZES = 1.0, 1e40  # where plan.py looks for the best N
 
@@ -285,62 +281,23 @@ def fit(law, table, set=None, fixed=None, bootstrap=0, blocks=None, seed=1):
     return {"law": law, "set": set or next(iter(LAWS[law])), **report}
 
 
+def read_table(path, the, blocks=None):
+    """The columns of a run table that a Row needs, {name: array (n)}, and its block labels. ValueError names the row."""
+    rows, seen = read_csv(path), {}
+    table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
+    kinds = [" ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K") if name not in table) for r in rows]
+    for i, run in enumerate(zip(*table.values())):
+        if (first := seen.setdefault(run, i)) < i:
+            pair = f"{named(rows, i)} repeats {named(rows, first)}"
+            raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
+        if kinds[i] != kinds[0]:  # a dense model and a mixture, or mixtures of another number of experts
+            pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
+            raise ValueError(f"{path}: {pair} (one law, one kind of model: leave rows out)")
+    return table, column(path, rows, blocks, least=None) if blocks else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The command line. plan.py uses these, too.
-
-
-def whole(text):
-    if number(text) != int(number(text)) or number(text) > 1e9:
-        raise argparse.ArgumentTypeError(f"{text} (must be a whole number, 1 to 1e9)")
-    return int(number(text))
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser with commands, whose help opens with the lines of its file's docstring that begin with `python`."""
-
-    def __init__(self, prog, usage, doc, epilog=None):
-        lines = "\n".join(line.strip() for line in doc.splitlines() if line.startswith("    python"))
-        super().__init__(prog, usage, lines, epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-        self.places = self.add_subparsers(dest="command", required=True, metavar="command",
-                                          parser_class=argparse.ArgumentParser)
-
-    def error(self, message):
-        """Answers a mistyped flag with the nearest one."""
-        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
-        known = [name for sub in self.places.choices.values() for name in sub._option_string_actions]
-        near = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1)]
-        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
-
-    def command(self, run, usage, help, plot=None):
-        """A subcommand for a function that begins with `run_`."""
-        name = run.__name__.removeprefix("run_")
-        sub = self.places.add_parser(name, prog=self.prog, usage=f"{self.prog} {name} {usage}", help=help,
-                                     description=help, allow_abbrev=False)
-        sub.set_defaults(run=run)
-        add = sub.add_argument_group("output").add_argument
-        add("--json", action="store_true", help="one JSON object, for programs (default: off)")
-        if plot:
-            add("--plot", metavar="FILE", help=f"draw {plot} to a .png, .pdf or .svg (default: no plot)")
-        return sub
-
-    def answer(self, argv):
-        """Runs the command: it prints for people, or returns what --json prints. What is wrong leaves with status 2."""
-        args = self.parse_args(argv)
-        try:
-            if getattr(args, "plot", None) is not None:
-                where = Path(args.plot)
-                if where.suffix not in (".png", ".pdf", ".svg") or where.is_dir() or not where.parent.is_dir():
-                    raise ValueError(f"--plot {where} (give a .png, .pdf or .svg in a folder that exists)")
-            with np.errstate(all="ignore"):  # what comes out infinite is refused in words
-                result = args.run(args)
-            if args.json:
-                print(json.dumps(result, allow_nan=False))
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-            os._exit(0)
-        except (ValueError, OSError) as wrong:
-            self.error(" ".join(str(wrong)[:1000].split()))
+# The command line. plan.py uses some of it, too.
 
 
 HELP = {"flops": "FLOPs, as the law's paper counts them", "N": "parameters, as the law counts them",
@@ -400,19 +357,6 @@ def chosen_model(args):
     return model
 
 
-def show(rows):
-    """Rows of cells, the first the heading, in aligned columns; empty ones are left out. A pair is an interval."""
-
-    def text(cell):
-        if isinstance(cell, list):
-            return "{:.4g} to {:.4g}".format(*cell)
-        return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-    shown = [c for c in zip(*[map(text, r) for r in rows]) if any(c[1:])]  # columns
-    for cells in zip(*[[cell.ljust(max(map(len, column))) for cell in column] for column in shown]):
-        print("  ".join(cells).rstrip())
-
-
 def warn(model, factors, name=""):
     """For people: how far outside the fitted runs the question lies, and what is wrong with the coefficients."""
     for column, factor in factors.items():
@@ -433,7 +377,7 @@ def run_fit(args):
         fixed = {name: stage[name] for name in the.frozen}
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
-    table, blocks = read_table(args.table, the.form, the.target, args.blocks)
+    table, blocks = read_table(args.table, the, args.blocks)
     report = fit(args.law, table, args.set, fixed, args.bootstrap, blocks, args.seed)
     if args.plot:
         import plots

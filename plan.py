@@ -47,9 +47,9 @@ if __name__ == "__main__":
 import numpy as np
 from scipy.optimize import brentq
 
-from fitting import columns, evaluate, number
-from laws import LAWS, Parser, active, asked, band, chosen_model, law_flags, load_fit, outside, predict, published
-from laws import row, show, warn
+from fitting import columns, evaluate
+from laws import LAWS, active, asked, band, chosen_model, law_flags, load_fit, outside, predict, published, row, warn
+from tables import Parser, number, show
 
 GROW = 4  # the stacking paper's growth factor
 

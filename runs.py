@@ -15,11 +15,8 @@ What is unknown stays empty: nothing is guessed. An unfinished run is left out a
 two runs need to the same loss, those of their ancestors included: a grown model has to pay for the small one.
 """
 
-import argparse
 import csv
 import json
-
-import os
 import signal
 import sys
 from pathlib import Path
@@ -29,9 +26,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 from checkpoint import read_json, replacing
-from model import Parser
-
-DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, argparse.ArgumentTypeError
+from tables import DAMAGE, Parser, column, number, read_csv, show, whole
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the trainer writes.
@@ -109,42 +104,6 @@ def plot(out, rulers):
 # What the laws read.
 
 
-def number(text, least=1e-60):
-    """A float that people may write as 1e9 or 2_000_000, from `least` to 1e60."""
-    if not least <= float(text) <= 1e60:
-        raise argparse.ArgumentTypeError(f"{text} (must be a finite number above 0)")
-    return float(text)
-
-
-def whole(text):
-    if number(text) != int(number(text)) or number(text) > 1e9:
-        raise argparse.ArgumentTypeError(f"{text} (must be a whole number, 1 to 1e9)")
-    return int(number(text))
-
-
-def read_evals(path):
-    """eval.csv as {column: its cells (n)}, n at least 1. ValueError if rows and header do not match."""
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = [r for r in csv.reader(file) if r] or [[]]
-    for i, r in enumerate(rows, 1):
-        if len(r) != len({*header}):
-            raise ValueError(f"eval.csv, row {i} has {len(r)} cells for the columns {', '.join(header)} (one each)")
-    return dict(zip(header, zip(*rows)))
-
-
-def numbers(evals, name, least=1e-60):
-    """The numbers of one column (n) of eval.csv. ValueError names the column or the row."""
-    if name not in evals:
-        raise ValueError(f"eval.csv has no column {name} with a row in it (columns: {', '.join(evals) or 'none'})")
-    values = []
-    for i, cell in enumerate(evals[name], 1):
-        try:
-            values.append(number(cell, least))
-        except DAMAGE:
-            raise ValueError(f"eval.csv, row {i}, column {name}: {cell!r} (a finite number above 0)") from None
-    return values
-
-
 def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
     values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # learning to grow spends too
@@ -174,12 +133,12 @@ def read_run(folder, corpus=None, smooth=1):
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name} (give a folder that train.py wrote)")
     try:
-        about, config, evals = read_json(about), read_json(config), read_evals(evals)
+        about, config, rows = read_json(about), read_json(config), read_csv(evals)
         weights = {name: number(data["weight"], least=0) for name, data in about["lineage"][-1]["data"].items()}
-        corpora = [name.removesuffix("_loss") for name in evals if name.endswith("_loss")]
+        corpora = [name.removesuffix("_loss") for name in (rows[0] if rows else ()) if name.endswith("_loss")]
         corpus = corpus or max(corpora, key=lambda name: weights.get(name, -1), default=None)
-        tokens, flops = numbers(evals, "tokens", least=0), numbers(evals, "flops", least=0)
-        L = numbers(evals, f"{corpus}_loss")
+        tokens, flops = (column(evals, rows, name, least=0) for name in ("tokens", "flops"))
+        L = column(evals, rows, f"{corpus}_loss")
         *before, last = about["lineage"]
         if last["step"] != "train":
             raise ValueError(f"its last step is {last['step']!r}")
@@ -197,7 +156,7 @@ def read_run(folder, corpus=None, smooth=1):
             "done": share_done(lineage[-1], counts["N_active"]),
             "curve": [(None if C is None else C + spent, loss) for spent, loss in zip(flops, L)],
         }
-    except (csv.Error, *DAMAGE) as wrong:
+    except DAMAGE as wrong:
         raise ValueError(f"{folder} is damaged or no run of train.py: {type(wrong).__name__}, {wrong}") from None
 
 
@@ -271,7 +230,7 @@ def run_table(args):
     for folder in found.values():
         if not (folder / "eval.csv").is_file():  # e.g. upcycled and not trained since
             skipped.append(f"{folder} has no eval.csv")
-        elif (run := read_run(folder, args.corpus, args.smooth or 1))["done"] < 1:
+        elif (run := read_run(folder, args.corpus, args.smooth))["done"] < 1:
             skipped.append(f"{folder} is left out: {100 * run['done']:.3g} % of its run")
         else:
             runs.append(run)
@@ -293,10 +252,6 @@ def run_table(args):
 
 
 def run_compare(args):
-    if args.plot is not None:
-        where = Path(args.plot)
-        if where.suffix not in (".png", ".pdf", ".svg") or where.is_dir() or not where.parent.is_dir():
-            raise ValueError(f"--plot {where} (give a .png, .pdf or .svg in a folder that exists)")
     runs = [read_run(folder, args.corpus) for folder in args.runs]
     runs = merge_seeds(runs) if args.seeds else runs
     if len(runs) < 2:
@@ -309,11 +264,9 @@ def run_compare(args):
     if args.json:
         return pairs[0] | {"pairs": pairs}
     print(f"baseline {runs[0]['run']}, loss on {runs[0]['corpus']}, FLOPs with ancestors\n")
-    width = max(len(p["run"]) for p in pairs)
-    print(f"{'run':{width}}  target loss  FLOPs baseline  FLOPs run  speed-up")
-    for p in pairs:
-        print(f"{p['run']:{width}}  {p['target_loss']:<11.4g}  {p['flops_baseline']:<14.4g}  {p['flops_run']:<9.4g}  "
-              f"{100 * p['speedup']:+.1f} %")
+    show([["run", "target loss", "FLOPs baseline", "FLOPs run", "speed-up"]] + [
+        [p["run"], p["target_loss"], p["flops_baseline"], p["flops_run"], f"{100 * p['speedup']:+.1f} %"]
+        for p in pairs])
     for p in pairs:
         if p["ancestor"]:
             print(f"! {p['baseline']} and {p['run']}: one goes on from the other, so they meet where it begins "
@@ -321,32 +274,21 @@ def run_compare(args):
 
 
 def main(argv=None):
-    lines = "\n".join(line.strip() for line in __doc__.splitlines() if line.startswith("    python"))
-    parser = Parser("runs.py", "runs.py {table,compare} RUN ... [options]", lines, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", choices=("table", "compare"), help="finished runs, and those below them, to one CSV; or FLOPs to equal "
-        "loss, ancestors included, of the first run against the others")
-    add("runs", nargs="+", metavar="RUN", help="folder written by train.py")
-    add("--json", action="store_true", help="one JSON object, for programs (default: off)")
-    add("--corpus", metavar="NAME", help="whose loss (default: the heaviest of the last training)")
-    add("--seeds", action="store_true", help="average runs that differ only in seed (default: off)")
-    add("--smooth", type=whole, help="table: evaluations averaged at the end (default: 1)")
-    add("--target", type=number, metavar="L", help="compare: nats a token (default: the higher best)")
-    add("--plot", metavar="FILE", help="compare: draw losses to a .png, .pdf or .svg (default: no plot)")
-    args = parser.parse_args(argv)
-    try:
-        for name, command in (("smooth", "table"), ("target", "compare"), ("plot", "compare")):
-            if getattr(args, name) is not None and args.command != command:
-                raise ValueError(f"{args.command} --{name} (a flag of {command})")
-        answer = (run_table if args.command == "table" else run_compare)(args)  # prints; with --json it only returns
-        if args.json:
-            print(json.dumps(answer, allow_nan=False))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-        os._exit(0)
-    except (ValueError, OSError) as wrong:
-        parser.error(" ".join(str(wrong)[:1000].split()))
+    parser = Parser("runs.py", "runs.py {table,compare} ... [--help]", __doc__)
+    for run, *texts in (
+        (run_table, "RUN ... [options] > runs.csv", "finished runs, and those below them, to one CSV"),
+        (run_compare, "BASELINE RUN ... [options]", "FLOPs to equal loss, ancestors included", "losses"),
+    ):
+        sub = parser.command(run, *texts)
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="folder written by train.py")
+        add = sub.add_argument_group("reading").add_argument
+        add("--corpus", metavar="NAME", help="whose loss (default: the heaviest of the last training)")
+        add("--seeds", action="store_true", help="average runs that differ only in seed (default: off)")
+        if run is run_table:
+            add("--smooth", type=whole, default=1, help="evaluations averaged at the end (default: 1)")
+        else:
+            add("--target", type=number, metavar="L", help="nats a token (default: the higher best)")
+    parser.answer(argv)
 
 
 if __name__ == "__main__":

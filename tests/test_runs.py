@@ -288,9 +288,3 @@ def test_the_end_of_a_run_is_told_on_one_screen(tmp_path, capsys, load):
     assert "below 2-gram counts" in shown and "above all of them" in shown and "def f():" in shown
     assert ("layer  0  9.55" in shown) == (load is not None) and ("--upcycle" in shown) == (load is None)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_flag_of_the_other_command_is_refused(tmp_path, capsys):
-    make_run(tmp_path / "a", [], [5, 3])
-    assert "a flag of compare" in refused(capsys, "table", tmp_path, "--target", "3")
-    assert "a flag of table" in refused(capsys, "compare", tmp_path, "--smooth", "3")

@@ -1,0 +1,133 @@
+"""
+What laws.py, plan.py and runs.py share: numbers as people write them, tables as files and on the screen, the commands.
+"""
+
+import argparse
+import csv
+import difflib
+import itertools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+# what a damaged file can raise on its way through json, csv and arithmetic
+DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, argparse.ArgumentTypeError
+
+
+def number(text, least=1e-60):
+    """A float that people may write as 1e9 or 2_000_000, and a computer can multiply: from `least` to 1e60."""
+    if not least <= float(text) <= 1e60:
+        raise argparse.ArgumentTypeError(f"{text} (must be a finite number above 0)")
+    return float(text)
+
+
+def whole(text):
+    if number(text) != int(number(text)) or number(text) > 1e9:
+        raise argparse.ArgumentTypeError(f"{text} (must be a whole number, 1 to 1e9)")
+    return int(number(text))
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts of text. ValueError if it is none, or rows do not match the header."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file (give a run table, e.g. from `runs.py table`)")
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            header, *rows = [r for r in csv.reader(file) if r] or [[]]
+        except csv.Error as wrong:
+            raise ValueError(f"{path} is not CSV: {wrong}") from None
+    mark = re.search("[;\t|]", header[0]) if len(header) == 1 else None
+    for i, r in enumerate(rows, 1):
+        if len(r) > len({*header}) and not mark:  # then column() says what it is
+            raise ValueError(f"{path}, row {i} has {len(r)} cells for the columns {', '.join(header)} (one each, and a "
+                             "point for decimals)")
+    return [dict(itertools.zip_longest(header, r[: len(header)], fillvalue="")) for r in rows]
+
+
+def named(rows, i):
+    """A row as an error calls it: its number and, in a table of runs.py, its run."""
+    return f"row {i + 1}" + (f" ({rows[i]['run']})" if rows[i].get("run") else "")
+
+
+def column(path, rows, name, least=1e-60):
+    """One column's numbers, or its text if `least` is None. ValueError says what is wrong with the column or the row."""
+    header = list(rows[0]) if rows else []
+    if name not in header:
+        near = f"nearest: {', '.join(difflib.get_close_matches(name.lower(), header, 3, 0))}" if rows else "it has no rows"
+        if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
+            near = f"its header {header[0]!r} is separated by {mark[0]!r}: use commas, and points for decimals"
+        elif blank := [h for h in header if h.strip() == name]:
+            near = f"its header has {blank[0]!r}: take the blanks out"
+        raise ValueError(f"{path} has no column {name} ({near})")
+    values = [r[name].strip() for r in rows]
+    for i, cell in enumerate(values if least is not None else []):
+        try:
+            values[i] = number(cell, least)
+        except DAMAGE:
+            remedy = "a finite number above 0" if cell else "unknown: leave the row out"
+            if re.fullmatch(r"\d+,\d+(e\d+)?", cell):
+                remedy = "a decimal comma: write a point"
+            raise ValueError(f"{path}, {named(rows, i)}, column {name}: {cell!r} ({remedy})") from None
+    return values
+
+
+def show(rows):
+    """Rows of cells, the first the heading, in aligned columns; empty ones are left out. A pair is an interval."""
+
+    def text(cell):
+        if isinstance(cell, list):
+            return "{:.4g} to {:.4g}".format(*cell)
+        return "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+    shown = [c for c in zip(*[map(text, r) for r in rows]) if any(c[1:])]  # columns
+    for cells in zip(*[[cell.ljust(max(map(len, column))) for cell in column] for column in shown]):
+        print("  ".join(cells).rstrip())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with commands. The help opens with the lines of a file's docstring that begin with `python`."""
+
+    def __init__(self, prog, usage, doc, epilog=None):
+        lines = "\n".join(line.strip() for line in doc.splitlines() if line.startswith("    python"))
+        super().__init__(prog, usage, lines, epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+        self.places = self.add_subparsers(dest="command", required=True, metavar="command",
+                                          parser_class=argparse.ArgumentParser)
+
+    def error(self, message):
+        """Answers a mistyped flag with the nearest one."""
+        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
+        known = [name for sub in self.places.choices.values() for name in sub._option_string_actions]
+        near = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1)]
+        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
+
+    def command(self, run, usage, help, plot=None):
+        """A subcommand for a function that begins with `run_`."""
+        name = run.__name__.removeprefix("run_")
+        sub = self.places.add_parser(name, prog=self.prog, usage=f"{self.prog} {name} {usage}", help=help,
+                                     description=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        add = sub.add_argument_group("output").add_argument
+        add("--json", action="store_true", help="one JSON object, for programs (default: off)")
+        if plot:
+            add("--plot", metavar="FILE", help=f"draw {plot} to a .png, .pdf or .svg (default: no plot)")
+        return sub
+
+    def answer(self, argv):
+        """Runs the command: it prints for people, or returns what --json prints. What is wrong leaves with status 2."""
+        args = self.parse_args(argv)
+        try:
+            if getattr(args, "plot", None) is not None:
+                where = Path(args.plot)
+                if where.suffix not in (".png", ".pdf", ".svg") or where.is_dir() or not where.parent.is_dir():
+                    raise ValueError(f"--plot {where} (give a .png, .pdf or .svg in a folder that exists)")
+            result = args.run(args)
+            if args.json:
+                print(json.dumps(result, allow_nan=False))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+            os._exit(0)
+        except (ValueError, OSError) as wrong:
+            self.error(" ".join(str(wrong)[:1000].split()))
