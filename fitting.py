@@ -14,15 +14,15 @@ Prediction, gradient and fit follow from this list alone. The fit is that of Hof
 
     minimise f = sum over runs of Huber(r),   r = ln(predicted L) - ln L
 
-f has valleys, so 4,500 starts are tried. The best 300 go downhill together, fewer and fewer of them further and further,
-and the last 4 are polished. f is a sum, not a mean. A mean is so small that optimisers stop early: this is how the
-published Chinchilla coefficients went wrong (Besiroglu et al. 2024).
+f has valleys, so 4,500 starts are tried. The best 300 go downhill together, fewer and fewer of them further and
+further, and the last 4 are polished. f is a sum, not a mean. A mean is so small that optimisers stop early: this is how
+the published Chinchilla coefficients went wrong (Besiroglu et al. 2024).
 
 By hand: E = 1, A = B = 100, alpha = beta = 0.5, and a run with N = D = 10^4. Each power law gives 100 / sqrt(10^4) = 1,
-so L = 1 + 1 + 1 = 3. Each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's share
-of L, and d ln L / d alpha is this share times its factor -ln N, here -9.2 / 3. Suppose that L = 3.3 was measured. Then
-r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005), so the run pulls on the fit with a
-force of 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
+so L = 1 + 1 + 1 = 3. Each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's
+share of L, and d ln L / d alpha is this share times its factor -ln N, here -9.2 / 3. Suppose that L = 3.3 was measured.
+Then r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005), so the run pulls on the fit
+with a force of 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
 
 A fit always gives numbers. The second half of the file asks what they are worth. `undetermined` names the coefficients
 that the runs leave open, `intervals_of` how far off the others may be. Predictions inside the range of the runs are
@@ -36,9 +36,9 @@ Try:
    cannot tell them apart. With nine more runs at D = 100 N all five come out right.)
 2. Of those eighteen runs take N = 1.6e9, D = 20 N, and make its loss 1.5 times as high. How far does E move? Then set
    HUBER = 10, which makes least squares of the fit. (1.816, hardly. Then 0: all coefficients bend to that one run.)
-3. Write a law without a floor at "A law of one's own" in laws.py. Fit it and chinchilla to the same runs. Which predicts
-   the largest fifth better? (Hoffmann's 240 public runs: 2.1 % error against 1.3 %. What cannot flatten out promises too
-   much.)
+3. Write a law without a floor at "A law of one's own" in laws.py. Fit it and chinchilla to the same runs. Which
+   predicts the largest fifth better? (Hoffmann's 240 public runs: 2.1 % error against 1.3 %. What cannot flatten out
+   promises too much.)
 """
 
 import inspect
@@ -113,8 +113,9 @@ def whiten(X, free):
 def descend(X, y, theta, free, steps, weights=1.0):
     """Levenberg-Marquardt for S fits at once: theta (S, P) -> theta, objective f (S). weights: (S, n) or 1.
 
-    Each step solves (H + damping) d = -g, with H and g of the weighted squares h r^2 / 2. The weight h = delta / |r| of an
-    outlier makes the force h r of its square the Huber force. A step that does not lower f is not taken, and damped more.
+    Each step solves (H + damping) d = -g, with H and g of the weighted squares h r^2 / 2. The weight h = delta / |r| of
+    an outlier makes the force h r of its square the Huber force. A step that does not lower f is not taken, and damped
+    more.
     """
     W = whiten(X, free)
     Q = W.T @ X
@@ -186,12 +187,13 @@ def allowance(r, P, q=1):
 
         s / 2 q F(q, n - P),   s = mean psi(r)^2 / mean psi'(r) n / (n - P)          (Huber 1981)
 
-    r (n) are the residuals of the best fit, F is the F distribution's 95 % point, psi is the force: r clipped to +- delta.
-    For least squares psi(r) = r and s is the variance of the noise. n / (n - P): the fit has bent towards the runs, so
-    their residuals are smaller than the noise.
-    psi' is 1 for |r| < delta and 0 beyond, so its mean is the share of runs that lie that close to the curve. If the noise
-    is far above delta, these are too few to be counted. So we count the nearer half of the runs, |r| <= h = median |r|,
-    and scale by delta / h, as if r were spread evenly there. For all runs this would be wrong: the tails are thin.
+    r (n) are the residuals of the best fit, F is the F distribution's 95 % point, psi is the force: r clipped to +-
+    delta. For least squares psi(r) = r and s is the variance of the noise. n / (n - P): the fit has bent towards the
+    runs, so their residuals are smaller than the noise.
+    psi' is 1 for |r| < delta and 0 beyond, so its mean is the share of runs that lie that close to the curve. If the
+    noise is far above delta, these are too few to be counted. So we count the nearer half of the runs, |r| <= h =
+    median |r|, and scale by delta / h, as if r were spread evenly there. For all runs this would be wrong: the tails
+    are thin.
     """
     n, half = len(r), max(HUBER, np.median(np.abs(r)))
     curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
@@ -228,8 +230,8 @@ def solve(form, table, target="L", fixed=None, starts=None):
     """The best fit, and the floors that noise leaves possible. ValueError for too few runs, or outside of the domain.
 
     A power law with a small exponent looks like a constant, so a floor of 0 may fit almost as well as the right one. No
-    descent from the best fit finds that out. So the floor is held at 50 values from 0 to the lowest loss, and the rest is
-    refitted at each. Those that cost less than the allowance are possible.
+    descent from the best fit finds that out. So the floor is held at 50 values from 0 to the lowest loss, and the rest
+    is refitted at each. Those that cost less than the allowance are possible.
     """
     names, prefactor, X = design(form, table)
     y, n, fixed = log(table[target]), X.shape[2], fixed or {}
@@ -326,14 +328,14 @@ def resample(best, times, blocks, seed):
 
 
 def intervals_of(best, times, blocks, seed):
-    """95 % intervals {coefficient: [low, high]}, the percentiles that give them, and the refits' values (times, P).
+    """95 % intervals {coefficient: [low, high]}, the percentiles that give them, the refits' values (times, P).
 
-    The bootstrap draws n runs from the n runs, with replacement, refits, and repeats: the refits spread as fits to other
-    runs of the same kind would. Two corrections make the intervals cover the truth about as often as they claim
+    The bootstrap draws n runs from the n runs, with replacement, refits, and repeats: the refits spread as fits to
+    other runs of the same kind would. Two corrections make the intervals cover the truth about as often as they claim
     (experiments/coverage_laws.py). The spread is too small by sqrt((n - P) / n), and few runs need Student's t in place
     of 1.96: so the percentiles are taken further out (Hesterberg 2015). And all refits stay near the floor of the best
-    fit. So if a floor of 0 is possible, the refits are repeated with the floor held at either end of what is possible, and
-    an interval is the union.
+    fit. So if a floor of 0 is possible, the refits are repeated with the floor held at either end of what is possible,
+    and an interval is the union.
     """
     n, P = len(best.y), best.free.sum()
     labels = np.arange(n) if blocks is None else np.unique(np.asarray(blocks).astype(str), return_inverse=True)[1]

@@ -4,39 +4,37 @@ Scaling laws: what loss a training run will reach, before anybody has paid for i
     python laws.py fit LAW runs.csv [--bootstrap 1000] [--plot fit.png] [--json]
     python laws.py predict LAW --N 1e9 --D 1e10 ... [--fit fit.json] [--json]
 
-Train models of several sizes N on several amounts D of tokens, and the losses lie on a smooth surface. Chinchilla's is
+Train models of several sizes N on several amounts D of tokens. Their losses lie on a smooth surface. Chinchilla's is
 
     L(N, D) = E + A N^-alpha + B D^-beta
 
-a floor E that no model passes, a price for too few parameters, a price for too few tokens. Small runs give the five
-coefficients; the law then says what a large run will reach. All laws here are such sums. The logarithm of each term is
-linear in the coefficients, ln(A N^-alpha) = ln A + alpha (-ln N), so a law is a list of (prefactor, {exponent: factor}):
+E is a floor that no model passes, the rest is a price for too few parameters and a price for too few tokens. Small runs
+give the five coefficients, and the law then says what a large run will reach. This file holds the laws of six papers
+with their published coefficients and known flaws. fitting.py fits them to your own runs, plan.py spends a budget by
+them.
 
-    [("E", {}), ("A", {"alpha": -log(N)}), ("B", {"beta": -log(D)})]
-
-Prediction, gradient and fit follow from this list alone; plan.py asks what to do with a budget.
+  chinchilla    Hoffmann et al. 2022 (arXiv 2203.15556), Besiroglu et al. 2024 (2404.10102)
+  fine-grained  Ludziejewski et al. 2024 (2402.07871): mixtures with expansion rate E and granularity G
+  upcycling     Liew et al. 2025 (2502.03009), Table 2, Eq. 12: D1 tokens as a dense model, D2 more as a mixture
+  continual     Zheng et al. 2024 (2407.02118), Eq. 4, 8, 9: continual pretraining
+  stacking      Du et al. 2024 (2405.15319), Eq. 2: when to grow. Its law of the loss has no printed numbers
+  joint         Ludziejewski et al. 2025 (2502.05172): mixtures with any number of experts
 
 By hand: E = 1, A = B = 100, alpha = beta = 0.5, N = D = 10^4. Each price is 100 / sqrt(10^4) = 1, so L = 1 + 1 + 1 = 3.
-Four times the parameters halve their price: L = 2.5. No N at all brings L below 2, because D still costs 1. The gradient
-is as simple: each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's share of L,
-and d ln L / d alpha is this share times the factor -ln N. The fit needs no other derivative.
+Four times the parameters halve their price: L = 2.5. No N brings L below 2, because D still costs 1.
 
-The fit (Hoffmann et al. 2022, Appendix D.2) minimises f = sum over runs of Huber(ln predicted L - ln L). Its steps:
-4,500 starts on a grid, the best go downhill together, the last four are polished. Two questions come after it.
-Which coefficients do the runs determine at all? And how far off may they be? The second is answered by refits to
-resampled runs (the bootstrap).
+Here E, A, alpha ... are the letters of each paper: E is a floor in one and a number of experts in another. The
+docstring of each law says what it counts as N.
 
-Left out: weights for runs, a likelihood for the noise, laws of learning rate, batch size or repeated data.
+Left out: laws of learning rate and batch size, of repeated data, and laws whose papers print no numbers.
 
 Try:
 1. `python laws.py predict chinchilla --N 70e9 --D 1.4e12`, then with `--set hoffmann`. How much do two fits to the same
-   runs differ on Chinchilla itself? (1.973 and 1.921: the published fit had stopped early.)
-2. Write a table with the columns N, D and L for N = 1e8, 2e8, 4e8 ... 2.56e10 and D = 20 N, with L as the law predicts.
-   Fit chinchilla. What is determined? (E alone, 1.817. As D is 20 N, both prices are powers of N, and the fit cannot
-   tell them apart. One more run at D = 5 N would not do either; a second ladder at D = 100 N determines all five.)
-3. Write a law without a floor, L = A N^-alpha + B D^-beta: one function and one row, below at "A law of one's own".
-   Fit it and chinchilla to the same runs. Which predicts the largest fifth better? (Hoffmann's 240 public runs: 2.1 %
-   error against 1.3 %. What cannot flatten out promises too much.)
+   runs differ on Chinchilla itself? (1.973 and 1.921: the optimiser of the published fit had stopped early.)
+2. `python laws.py predict joint --N 1e9 --D 2e10 --E 1`, then with 2, 4 ... 32 experts. What does each doubling bring?
+   (2.578, 2.559, 2.535, 2.509, 2.481, 2.455: 0.02 to 0.03 each, for the same FLOPs and ever more memory.)
+3. How many tokens does a dense model of 1e9 parameters need to reach the 2.455 of 32 experts? Try values of D with
+   `--E 1`. (8.1e10, four times as many.)
 """
 
 import inspect
@@ -57,6 +55,7 @@ from fitting import columns, evaluate
 from tables import DAMAGE, Parser, column, named, number, read_csv, show, whole
 
 SIZES = 1.0, 1e40  # where plan.py looks for the best N
+GROW = 4  # the stacking paper's growth factor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The laws. Arguments are the columns of the run table; the docstring says which N is meant.
@@ -100,8 +99,8 @@ def stacking(N, C):
     return [("", {"a": log(N), "b": log(10) / np.log10(C), "c": log(10) * np.ones_like(log(N))})]  # "": prefactor 1
 
 
-# What a budget buys. The arguments become flags of `plan.py optimal`. The answer is a function of what remains free: its
-# default (low, high) is a range to search, a longer one a list of choices. It gives the law's columns, and what to show.
+# What a budget buys. The arguments become flags of `plan.py optimal`. The answer is a function of what remains free: a
+# default (low, high) is a range to search, a longer one a list of choices. It gives the law's columns and what to show.
 
 
 def active(N, top_k):
@@ -130,7 +129,7 @@ def upcycled(C, top_k=2):
 
 
 def grained(C, experts):
-    """C = (72 d^2 + 14 d E G) n D, routing counted: n blocks (a real number here) of width d = 64 n, as in the paper."""
+    """C = (72 d^2 + 14 d E G) n D, routing counted: n blocks (a real number) of width d = 64 n, the paper's tie."""
 
     def at(n=(1.0, 2980.0), G=(1, 2, 4, 8, 16, 32, 64, 128)):
         d = 64 * n
@@ -203,20 +202,21 @@ LAWS = {  # law: {set: Row}; a law's first set is its default
     "stacking": {
         "tokens": Row(stacking, dict(a=0.88, b=163.27, c=-5.74), {"N": (4.1e8, 3e9)}, "2405.15319, Eq. 2",
                       "fitted on 410M to 3B parameters: for small models d comes out beyond D", target="d",
-                      buys=lambda N, D: lambda: {"N": N, "D": D, "g": 4, "C": 6 * N * D}),  # nothing is left to choose
+                      buys=lambda N, D: lambda: {"N": N, "D": D, "g": GROW, "C": 6 * N * D}),  # nothing is free
         "factor": Row(stacking, dict(a=1.01, b=-29.88, c=-7.36), {"N": (4.1e8, 3e9)}, "2405.15319, Eq. 50",
                       "preliminary by its authors' word: 17 to 221 from 7B on. They use g = 4", target="g", buys=None),
     },
 }
 
-# A law of one's own: its form, its row, what a budget buys. predict, fit and optimal follow. For example:
+# A law of one's own: its form, its row, and what a budget buys. predict, fit and optimal follow, with their flags:
 
 
 def joint(N_active, D, E):
-    """L = c + a X^delta N_active^(alpha + gamma ln X) + b X^omega D^(beta + zeta ln X). E experts, one a token. N_active
-    counts embeddings (add them to `runs.py table`'s). X(E) is E, but flattens out towards 2.07 and 290."""
-    X, N, D = -log(1 / (E - 1 + 1 / (1 / 2.0732 - 1 / 290.4521)) + 1 / 290.4521), log(N_active), log(D)  # X: ln X
-    return [("c", {}), ("a", {"delta": X, "alpha": N, "gamma": X * N}), ("b", {"omega": X, "beta": D, "zeta": X * D})]
+    """L = c + a X^delta N_active^(alpha + gamma ln X) + b X^omega D^(beta + zeta ln X). E: experts, one a token.
+    N_active: with embeddings (add them to `runs.py table`'s). X(E) is E, but flattens out towards 2.07 and 290."""
+    X = 1 / (1 / (E - 1 + 1 / (1 / 2.0732 - 1 / 290.4521)) + 1 / 290.4521)
+    x, n, d = log(X), log(N_active), log(D)
+    return [("c", {}), ("a", {"delta": x, "alpha": n, "gamma": x * n}), ("b", {"omega": x, "beta": d, "zeta": x * d})]
 
 
 LAWS["joint"] = {"joint": Row(joint, dict(
@@ -255,7 +255,7 @@ def predict(model, **at):
 
 
 def band(model, function):
-    """95 % interval [low, high] of function(model), a number or a list of them, over the model's refits; None without."""
+    """95 % interval [low, high] of function(model), a number or a list, over the model's refits; or None."""
     values, refits = [], model.get("refits", [])
     for refit in refits:
         coefficients = {**model["coefficients"], **dict(zip(model["intervals"], refit))}
@@ -282,7 +282,7 @@ def fit(law, table, set=None, fixed=None, bootstrap=0, blocks=None, seed=1):
 
 
 def read_table(path, the, blocks=None):
-    """The columns of a run table that a Row needs, {name: array (n)}, and its block labels. ValueError names the row."""
+    """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row."""
     rows, seen = read_csv(path), {}
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
     kinds = [" ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K") if name not in table) for r in rows]
@@ -359,8 +359,8 @@ def chosen_model(args):
 
 def warn(model, factors, name=""):
     """For people: how far outside the fitted runs the question lies, and what is wrong with the coefficients."""
-    for column, factor in factors.items():
-        print(f"! {name}{column} lies a factor {factor:.3g} outside the fitted runs")
+    for where, factor in factors.items():
+        print(f"! {name}{where} lies a factor {factor:.3g} outside the fitted runs")
     if model.get("undetermined"):
         print(f"! {name}the fit's runs do not determine {', '.join(model['undetermined'])}: stay inside their range")
     if model.get("wrong"):
@@ -382,7 +382,8 @@ def run_fit(args):
     if args.plot:
         import plots
 
-        plots.plot_fit(args.plot, report, table, the.target, lambda at: evaluate(the.form, report["coefficients"], **at))
+        law = lambda at: evaluate(the.form, report["coefficients"], **at)
+        plots.plot_fit(args.plot, report, table, the.target, law)
     if args.json:
         return report
     why, plain = report["why"], report["simpler"]
@@ -437,7 +438,8 @@ def main(argv=None):
     add("--seed", type=whole, default=1, help="seed of the resampling (default: 1)")
     sub = parser.command(run_predict, "LAW [options]", "the loss of a run")
     law_flags(sub, [r.form for rows in LAWS.values() for r in rows.values()])
-    parser.answer(argv)
+    with np.errstate(all="ignore"):  # what comes out infinite is refused in words
+        parser.answer(argv)
 
 
 if __name__ == "__main__":

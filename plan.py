@@ -5,35 +5,36 @@ A scaling law put to use: how large a model a budget should train, when to grow,
     python plan.py optimal stacking --N 8e9 --D 15e12 [--json]
     python plan.py budget --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
 
-optimal. Training costs about C = 6 N D FLOPs: N parameters, D tokens. So C buys many small or few large steps: any N, and
-D = C / (6 N). Along this line L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There one percent more of N
-saves as much as the one percent less of D that it costs:
+optimal. Training N parameters on D tokens costs about C = 6 N D FLOPs. So a budget C buys any N, with D = C / (6 N)
+tokens. Along this line the loss L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There one percent more of N
+saves as much as the one percent less of D costs:
 
     alpha A N^-alpha = beta B D^-beta                                      (Hoffmann et al. 2022, Eq. 4)
 
-The other laws have other lines: what C buys stands in a law's row (`buys`, laws.py). `search` walks along any of them.
+Other laws have other lines. What C buys stands in a law's row (`buys`, laws.py), and `search` walks along any of them.
 
 By hand: A = B = 100, alpha = beta = 0.5. Then the equation says N = D, so N = D = sqrt(C / 6). For C = 6 10^8 this is
 10^4, and with E = 1 the loss is 3. Twice the parameters and half the tokens give 1 + 0.71 + 1.41 = 3.12 for the same C.
 
-budget. A dense model of N parameters has read D1 tokens, and C FLOPs are left. Four ways: train it on, make a mixture of
-experts from it (upcycle), stack its layers, or start a new mixture from scratch. Each way has a law of the upcycling
-paper (Liew et al. 2025, arXiv 2502.03009) and a price a token, which gives its tokens, D2 = C / price. The lowest loss
-wins. An upcycled mixture starts ahead, but
+budget. A dense model of N parameters has read D1 tokens, and C FLOPs are left. There are four ways: train it on, make a
+mixture of experts from it (upcycle), stack its layers, or start a new mixture from scratch. Each way has a law (Liew et
+al. 2025, arXiv 2502.03009) and a price a token, so it reads D2 = C / price tokens. The lowest loss wins. The law of
+upcycling is
 
     L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E
 
-learns more slowly in D2 the longer D1 was. So from some budget on, a mixture from scratch overtakes it: the crossing.
+The longer D1 was, the further ahead the mixture starts, and the more slowly it learns from D2. So from some budget on a
+mixture from scratch overtakes it. This budget is the crossing.
 
-Left out: what a FLOP costs in time (a mixture's are slower), the price of inference, laws whose papers print no numbers.
+Left out: what a FLOP costs in time (a mixture's are slower), and the price of inference.
 
 Try:
 1. `python plan.py optimal chinchilla --flops 5.76e23`, then with --set hoffmann: how many tokens a parameter does each
    ask for at Chinchilla's own budget? (18 and 59. Chinchilla was given 20: the published fit had missed its optimum.)
-2. `python plan.py budget --have-n 1e9 --have-d 1e11 --flops 1e21`, then --have-d 2e11, 3e11 ...: up to which D1 is there
-   a budget beyond which an MoE from scratch overtakes the upcycled one? (To 7.3e11; from 7.4e11 on: never.)
+2. `python plan.py budget --have-n 1e9 --have-d 1e11 --flops 1e21`, then --have-d 2e11, 3e11 ...: up to which D1 is
+   there a budget beyond which an MoE from scratch overtakes the upcycled one? (To 7.3e11; from 7.4e11 on: never.)
 3. `python plan.py optimal joint --flops 1e21 --E 1`, then with E = 2, 4 ... 32. Which way does the best model move with
-   more experts, and why? (From 5.7e9 to 2.9e9 active parameters. Experts replace width: the tokens are worth more.)
+   more experts? (From 5.7e9 to 2.9e9 active parameters, and from 29 to 58 B tokens: experts bring parameters.)
 """
 
 import inspect
@@ -47,18 +48,17 @@ if __name__ == "__main__":
 import numpy as np
 from scipy.optimize import brentq
 
+import laws
 from fitting import columns, evaluate
-from laws import LAWS, active, asked, band, chosen_model, law_flags, load_fit, outside, predict, published, row, warn
+from laws import active, band, outside, predict, published, row
 from tables import Parser, number, show
-
-GROW = 4  # the stacking paper's growth factor
 
 
 def search(loss, at):
     """Where loss(**columns) is lowest over what at(...), as a law's `buys` gives it, leaves free: at's answer there.
 
-    Looks at 33 places of each range, evenly on a log axis, then at 33 places of a quarter of it around the best, and so
-    on. That finds the lowest point of any law with one valley. ValueError if it lies at the end of a range.
+    Looks at 33 places of each range, evenly on a log axis, then at 33 places of the quarter around the best, and so on.
+    That finds the lowest point if there is one valley. ValueError if it lies at the end of a range.
     """
     free = {name: p.default for name, p in inspect.signature(at).parameters.items()}
     ends = {name: np.log(values) for name, values in free.items() if len(values) == 2}
@@ -75,8 +75,8 @@ def search(loss, at):
             window[name] = np.clip([middle - width, middle + width], *ends[name])
     for name, (low, high) in ends.items():
         if not low + 1e-3 < math.log(best[name]) < high - 1e-3:
-            raise ValueError(f"no optimum for {name} between {math.exp(low):.3g} and {math.exp(high):.3g} (the best lies "
-                             f"at {best[name]:.3g}: give another budget, or fit runs that determine it)")
+            raise ValueError(f"no optimum for {name} between {math.exp(low):.3g} and {math.exp(high):.3g}: an end is "
+                             "best (give another budget, or a fit that its runs determine)")
     return at(**best)
 
 
@@ -89,16 +89,16 @@ def optimal(model, *budget, **flags):
     """
     the, name = row(model["law"], model["set"]), f"{model['law']} {model['set']}"
     if the.buys is None:
-        others = [set for set, r in LAWS[model["law"]].items() if r.buys]
-        raise ValueError(f"no rule of allocation for {name} (sets of its law that have one: {', '.join(others) or 'none'})")
+        others = ", ".join(set for set, r in laws.LAWS[model["law"]].items() if r.buys) or "none"
+        raise ValueError(f"no rule of allocation for {name} (sets of its law that have one: {others})")
     try:
         best = search(lambda **place: evaluate(the.form, model["coefficients"], **place), the.buys(*budget, **flags))
     except KeyError as column:
-        raise ValueError(f"no rule of allocation for {name}: its row in laws.py does not say how a budget buys {column}") from None
+        raise ValueError(f"no rule of allocation for {name} (its row in laws.py does not buy {column})") from None
     value = predict(model, **{c: best[c] for c in columns(the.form)})
     if the.target == "d" and value >= best["D"]:
-        raise ValueError(f"the rule gives d = {value:.4g} tokens for the base, not below D = {best['D']:.4g}: out of its "
-                         f"range (fitted on 410M to 3B parameters; for N = {best['N']:.4g} take e.g. a tenth of D)")
+        raise ValueError(f"the rule gives d = {value:.4g} tokens for the base, not below D = {best['D']:.4g}: out of "
+                         f"its range (fitted on 410M to 3B parameters; for N = {best['N']:.4g} take e.g. a tenth of D)")
     asked_for = inspect.signature(the.buys).bind(*budget, **flags).arguments
     return {**best, **({"C": asked_for["C"]} if "C" in asked_for else {}), the.target: value}
 
@@ -112,13 +112,13 @@ def budget(N, D1, C, models=None, top_k=2):
     """
     why = "no fit of its set was given (--fit can be repeated); published rows are not mixed with fits"
     if models is None:
-        models = {set: published("upcycling", set) for set, r in LAWS["upcycling"].items() if r.coefficients}
+        models = {set: published("upcycling", set) for set, r in laws.LAWS["upcycling"].items() if r.coefficients}
         why = "the stacking paper prints no coefficients of its loss L = a C^b; its rule says when, not how far"
     moe = 6 * active(N, top_k)
     every = {  # way: (set of its law, FLOPs a token, the law's arguments after D more tokens)
         "train on": ("dense", 6 * N, lambda D: {"N": N, "D": D1 + D}),
         "upcycle": ("upcycled", moe, lambda D: {"N": N, "D1": D1, "D2": D}),
-        "stack": ("stacked", 6 * GROW * N, lambda D: {"N": GROW * N, "D1": D1, "D2": D}),
+        "stack": ("stacked", 6 * laws.GROW * N, lambda D: {"N": laws.GROW * N, "D1": D1, "D2": D}),
         "MoE from scratch": ("moe", moe, lambda D: {"N": N, "D": D}),
     }
     tokens = {way: C / price for way, (_, price, _) in every.items()}
@@ -159,9 +159,9 @@ def budget(N, D1, C, models=None, top_k=2):
 
 
 def run_optimal(args):
-    model = chosen_model(args)
+    model = laws.chosen_model(args)
     the = row(args.law, model["set"])
-    flags = asked(args, the.buys) if the.buys else {}  # without it optimal() says so
+    flags = laws.asked(args, the.buys) if the.buys else {}  # without it optimal() says so
     try:
         best = optimal(model, **flags)
     except ValueError as wrong:
@@ -175,20 +175,20 @@ def run_optimal(args):
         return best | {"intervals": bands, "outside": factors, "wrong": model.get("wrong", ""),
                        "undetermined": model.get("undetermined", [])}
     show([["", "best", "95 % interval"]] + [[name, float(v), bands.get(name) or ""] for name, v in best.items()])
-    warn(model, factors)
+    laws.warn(model, factors)
 
 
 def run_budget(args):
     models = {} if args.fit else None
     for path in args.fit or []:
-        report = load_fit(path)
+        report = laws.load_fit(path)
         if report["law"] != "upcycling" or report["set"] in models:
             raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
         models[report["set"]] = report
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
-    answer["notes"] = [] if models else [LAWS["upcycling"]["upcycled"].wrong]
+    answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2: others change FLOPs, not coefficients")
     if args.plot:
@@ -207,7 +207,7 @@ def run_budget(args):
         where = x and f"at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g}); beyond it {x['then']} is better"
         print(f"{pair}: {where or 'never, up to D2 = 1e13'}")
     for way, factors in answer["outside"].items():
-        warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
+        laws.warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
     for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
         print(f"! {note}")
 
@@ -215,7 +215,7 @@ def run_budget(args):
 def main(argv=None):
     parser = Parser("plan.py", "plan.py {optimal,budget} ... [--help]", __doc__, "laws and sets: laws.py --help")
     sub = parser.command(run_optimal, "LAW [options]", "the best way to spend a budget")
-    law_flags(sub, [r.buys for rows in LAWS.values() for r in rows.values() if r.buys])
+    laws.law_flags(sub, [r.buys for rows in laws.LAWS.values() for r in rows.values() if r.buys])
 
     sub = parser.command(run_budget, "--have-n PARAMS --have-d TOKENS --flops C [options]",
                          "train on, upcycle, stack, or start an MoE from scratch?", "the ways against the budget")
@@ -228,7 +228,8 @@ def main(argv=None):
     add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
     add = sub.add_argument_group("coefficients").add_argument
     add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
-    parser.answer(argv)
+    with np.errstate(all="ignore"):  # what comes out infinite is refused in words
+        parser.answer(argv)
 
 
 if __name__ == "__main__":

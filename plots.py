@@ -124,8 +124,8 @@ def plot_compare(path, runs, pairs):
     plain_ticks(axes.yaxis)
     log_ticks(axes.xaxis)
     axes.legend(fontsize=8, handlelength=3.5)
-    save(figure, path, f"runs.py compare {' '.join(run['run'] for run in runs)}; arrow: FLOPs to the same loss, + saved, "
-         "- lost")
+    names = " ".join(run["run"] for run in runs)
+    save(figure, path, f"runs.py compare {names}; arrow: FLOPs to the same loss, + saved, - lost")
 
 
 def plot_budget(path, answer, args):
@@ -135,8 +135,8 @@ def plot_budget(path, answer, args):
     marks = [x["flops"] for x in answer["crossings"].values() if x] + [args.flops]
     near = (budgets > min(marks) / 10) & (budgets < max(marks) * 10)
     for i, way in enumerate(w for w in answer["curves"] if w != "flops"):
-        label = f"{way}: {answer['ways'][way]:.3f}"
-        axes.plot(budgets[near], np.array(answer["curves"][way])[near], color=COLOURS[i], ls=STYLES[i], lw=2, label=label)
+        loss, label = np.array(answer["curves"][way]), f"{way}: {answer['ways'][way]:.3f}"
+        axes.plot(budgets[near], loss[near], color=COLOURS[i], ls=STYLES[i], lw=2, label=label)
         if answer["intervals"].get(way):
             axes.plot([args.flops] * 2, answer["intervals"][way], color=COLOURS[i], lw=4, alpha=0.4)
     for i, (pair, x) in enumerate(answer["crossings"].items()):
@@ -152,4 +152,5 @@ def plot_budget(path, answer, args):
     plain_ticks(axes.yaxis)
     axes.legend(title=f"L at {args.flops:.3g} FLOPs")
     source = " ".join(args.fit) if args.fit else "published rows of arXiv 2502.03009, Table 2"
-    save(figure, path, f"plan.py budget --have-n {args.have_n:g} --have-d {args.have_d:g} --flops {args.flops:g}; {source}")
+    asked = f"--have-n {args.have_n:g} --have-d {args.have_d:g} --flops {args.flops:g}"
+    save(figure, path, f"plan.py budget {asked}; {source}")

@@ -106,7 +106,7 @@ def plot(out, rulers):
 
 def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
-    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # learning to grow spends too
+    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # ligo.py spends, too
     return None if None in values else sum(number(v, least=0) for v in values)
 
 

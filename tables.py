@@ -52,10 +52,11 @@ def named(rows, i):
 
 
 def column(path, rows, name, least=1e-60):
-    """One column's numbers, or its text if `least` is None. ValueError says what is wrong with the column or the row."""
+    """One column's numbers, or its text if `least` is None. ValueError names what is wrong with the column or row."""
     header = list(rows[0]) if rows else []
     if name not in header:
-        near = f"nearest: {', '.join(difflib.get_close_matches(name.lower(), header, 3, 0))}" if rows else "it has no rows"
+        near = ", ".join(difflib.get_close_matches(name.lower(), header, 3, 0))
+        near = f"nearest: {near}" if rows else "it has no rows"
         if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
             near = f"its header {header[0]!r} is separated by {mark[0]!r}: use commas, and points for decimals"
         elif blank := [h for h in header if h.strip() == name]:

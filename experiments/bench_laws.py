@@ -1,5 +1,5 @@
 """
-laws.py against the Python package `chinchilla` on the same runs, the same objective and the same 4,500 starts.
+The fit of laws.py against the Python package `chinchilla` on the same runs, the same objective and the same 4,500 starts.
 
     pip install chinchilla
     python experiments/bench_laws.py RUNS.csv [--repeat 5] > experiments/bench_laws.csv
@@ -26,14 +26,15 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+import fitting  # noqa: E402
 import laws  # noqa: E402
 
 
 def objective(table, c):
     """Sum of Huber on the log loss of E, A, B, alpha, beta: the judge of both."""
     names = ("E", "A", "B", "alpha", "beta")
-    r = np.log(laws.evaluate(laws.chinchilla, {n: float(c[n]) for n in names}, **table)) - np.log(table["L"])
-    return laws.huber(r).sum()
+    r = np.log(fitting.evaluate(laws.chinchilla, {n: float(c[n]) for n in names}, **table)) - np.log(table["L"])
+    return fitting.huber(r).sum()
 
 
 def theirs(table, folder):
@@ -52,7 +53,7 @@ def theirs(table, folder):
         "alpha": [0, 0.5, 1, 1.5, 2],
         "beta": [0, 0.5, 1, 1.5, 2],
     }
-    fitter = Chinchilla(folder, param_grid=grid, loss_fn=functools.partial(log_huber, delta=laws.HUBER), log_level=40)
+    fitter = Chinchilla(folder, param_grid=grid, loss_fn=functools.partial(log_huber, delta=fitting.HUBER), log_level=40)
     fitter.visualizer.optim = lambda *_, **__: None  # its plot is not part of the fit
     start = time.perf_counter()
     fitter.fit()
@@ -75,12 +76,12 @@ def main():
         ours = []  # the same work as the package does: from the table to five coefficients
         for _ in range(args.repeat):
             start = time.perf_counter()
-            best = laws.solve(laws.chinchilla, table)
+            best = fitting.solve(laws.chinchilla, table)
             ours.append(time.perf_counter() - start)
-        c = dict(zip(best["names"], np.where(best["prefactor"], np.exp(best["theta"]), best["theta"])))
+        c = dict(zip(best.names, best.values(best.theta)))
         out.writerow(
             [
-                "laws.solve, median",
+                "fitting.solve, median",
                 f"{objective(table, c):.11f}",
                 f"{np.median(ours):.3f}",
                 *(f"{c[n]:.6g}" for n in ("E", "A", "B", "alpha", "beta")),

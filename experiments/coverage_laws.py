@@ -6,7 +6,7 @@ if the intervals are right. Rows whose paper freezes coefficients in a second st
 
     nice python experiments/coverage_laws.py --seeds 1000-1099 > experiments/coverage_laws.csv    # half an hour, 1 core
 
-The two corrections in laws.py were chosen on seeds 0 to 99; the seeds of the stored result were not looked at before.
+The two corrections in fitting.py were chosen on seeds 0 to 99; the seeds of the stored result were not looked at before.
 Columns: how many draws cover the truth, in how many the fitter names the coefficient as not determined, and in how many
 it does neither. A coefficient that is named most of the time is one that 60 such runs do not determine.
 """
@@ -24,17 +24,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import fitting  # noqa: E402
 import laws  # noqa: E402
 
 RUNS, NOISE, RESAMPLES = 60, 0.01, 400
-BUDGETS = {"C": (1e20, 1e22)}  # the stacking rule's paper gives no range for its second column
+UNKNOWN = {"C": (1e20, 1e22), "N_active": (1e8, 4e9), "D": (2e9, 2e11)}  # where a paper gives no range for a column
 
 
 def places(rng, form, fitted, n):
     """n places inside the range of the paper's runs, spread evenly on log axes; G is a power of two."""
     table = {}
-    for name in laws.columns(form):
-        low, high = (fitted | BUDGETS)[name]
+    for name in fitting.columns(form):
+        low, high = (UNKNOWN | fitted)[name]
         table[name] = 2.0 ** rng.integers(0, 5, n) if name == "G" else np.exp(rng.uniform(*np.log([low, high]), n))
     return table
 
@@ -44,7 +45,7 @@ def one_draw(job):
     law, set, frozen, seed = job
     the, rng = laws.row(law, set), np.random.default_rng(seed)
     table = places(rng, the.form, the.fitted, RUNS)
-    truth = laws.evaluate(the.form, the.coefficients, **table)
+    truth = fitting.evaluate(the.form, the.coefficients, **table)
     table[the.target] = truth * np.exp(NOISE * rng.standard_normal(RUNS))
     report = laws.fit(law, table, set, {name: the.coefficients[name] for name in frozen}, RESAMPLES, seed=seed)
     result = {}
@@ -54,7 +55,7 @@ def one_draw(job):
     for i in range(5):
         at = {name: values[i] for name, values in spots.items()}
         low, high = laws.band(report, lambda model, at=at: laws.predict(model, **at))
-        covered = low <= laws.evaluate(the.form, the.coefficients, **at) <= high
+        covered = low <= fitting.evaluate(the.form, the.coefficients, **at) <= high
         result[f"{the.target} at place {i + 1}"] = (covered, False, low, high)
     return result
 
