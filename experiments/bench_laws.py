@@ -1,5 +1,5 @@
 """
-The fit of laws.py against the Python package `chinchilla` on the same runs, the same objective and the same 4,500 starts.
+Our fit against the Python package `chinchilla`: the same runs, the same objective, the same 4,500 starts.
 
     pip install chinchilla
     python experiments/bench_laws.py RUNS.csv [--repeat 5] > experiments/bench_laws.csv
@@ -53,7 +53,8 @@ def theirs(table, folder):
         "alpha": [0, 0.5, 1, 1.5, 2],
         "beta": [0, 0.5, 1, 1.5, 2],
     }
-    fitter = Chinchilla(folder, param_grid=grid, loss_fn=functools.partial(log_huber, delta=fitting.HUBER), log_level=40)
+    loss_fn = functools.partial(log_huber, delta=fitting.HUBER)
+    fitter = Chinchilla(folder, param_grid=grid, loss_fn=loss_fn, log_level=40)
     fitter.visualizer.optim = lambda *_, **__: None  # its plot is not part of the fit
     start = time.perf_counter()
     fitter.fit()

@@ -6,7 +6,7 @@ if the intervals are right. Rows whose paper freezes coefficients in a second st
 
     nice python experiments/coverage_laws.py --seeds 1000-1099 > experiments/coverage_laws.csv    # half an hour, 1 core
 
-The two corrections in fitting.py were chosen on seeds 0 to 99; the seeds of the stored result were not looked at before.
+The two corrections in fitting.py were chosen on seeds 0 to 99; the stored result's seeds were not looked at before.
 Columns: how many draws cover the truth, in how many the fitter names the coefficient as not determined, and in how many
 it does neither. A coefficient that is named most of the time is one that 60 such runs do not determine.
 """
