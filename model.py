@@ -24,7 +24,7 @@ Parameters carry the public names (`model.layers.0.self_attn.q_proj.weight`); ch
     python model.py out/dense --prompt "def "                  # sample
 
 Left out: dropout (one pass over the data needs none), sliding windows, masks between packed documents, and every
-attention kernel but torch's `scaled_dot_product_attention` and the few lines for CPUs in `causal_attention`.
+attention kernel but torch's `scaled_dot_product_attention`. cpu.py has the same arithmetic, faster, for CPUs.
 
 Try:
   1. Delete the `/ math.sqrt(2 * layers)` in `init_weights` and train 200 steps: with 3 layers the loss barely notices;
@@ -51,6 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cpu
 import moe
 
 
@@ -110,28 +111,6 @@ class Config:
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """y = gain n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps; fp32 or wider. For CPUs: torch has no fast one there."""
-
-    @staticmethod
-    def forward(ctx, x, gain, eps):
-        ctx.dtype = x.dtype
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
-        n = x / rms
-        ctx.save_for_backward(n, rms, gain)
-        return (n * gain).to(ctx.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        n, rms, gain = ctx.saved_tensors
-        dy, wide = dy.to(n.dtype), gain.to(n.dtype)
-        dyn = dy * n
-        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx = (gain dy - n mean(gain dy n)) / rms
-        dx = (dy * wide).addcmul_(n, mean, value=-1).div_(rms)
-        return dx.to(ctx.dtype), dyn.flatten(0, -2).sum(0).to(gain.dtype), None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -140,7 +119,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            return RMSNormFunction.apply(x, self.weight, self.eps)
+            return cpu.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -162,21 +141,6 @@ def rotate(x, cos, sin):
     (a cos - b sin, b cos + a sin).
     cos and sin are those of `rotation`."""
     return torch.addcmul(x * cos[:, None].to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin[:, None].to(x.dtype))
-
-
-def causal_attention(q, k, v, block=128):
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where
-    torch's fused kernel is slow. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
-    share = q.shape[1] // k.shape[1]
-    if share > 1:
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    q = q * q.shape[-1] ** -0.5
-    y = []
-    for i in range(0, q.shape[2], block):
-        scores = q[:, :, i : i + block] @ k[:, :, : i + block].mT  # (B, heads, block, i + block)
-        scores[..., i:] += torch.full_like(scores[0, 0, :, i:], -torch.inf).triu(1)
-        y.append(scores.softmax(-1) @ v[:, :, : i + block])
-    return torch.cat(y, dim=2)
 
 
 class Attention(nn.Module):
@@ -206,7 +170,7 @@ class Attention(nn.Module):
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
         if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # beyond, memory grows with T^2
-            y = causal_attention(q, k, v)
+            y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
