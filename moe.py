@@ -99,7 +99,8 @@ def check(hidden_size, intermediate_size, experts, top_k, granularity, router, c
 
 # ---- the size of the output -----------------------------------------------------------------------------------------
 # The scores are below one and the narrow experts small, so the output is small too. A factor on down_proj makes up for
-# it. Let s be the score when all logits are equal. Take the G parts of an expert as one: a token adds up top_k experts.
+# it. Let s be the score when all logits are equal. G narrow experts are as large as one full-width MLP. So a token adds
+# up top_k MLPs, each times s:
 #
 #     copies of one MLP add amplitudes         s top_k MLP(x)            so the factor is 1 / (s top_k)
 #     independent experts add variances        s^2 top_k var(MLP(x))     so the factor is 1 / (s sqrt(top_k))
@@ -160,21 +161,21 @@ class MoE(nn.Module):
         return y_TD.view(x.shape), aux
 
     def route(self, x_TD):
-        """Scores and indices (T, K) of the chosen experts, and aux. In float32, or in the weights' dtype if wider: with
-        the 8 bits of bfloat16 near logits would tie."""
+        """Scores and indices (T, K) of the chosen experts, and aux, from x (T, D). In float32, or in the weights' dtype
+        if wider: with the 8 bits of bfloat16, near logits would tie."""
         weight_ED = self.gate.weight
         dtype = torch.promote_types(weight_ED.dtype, torch.float32)
         logit_TE = F.linear(x_TD.to(dtype), weight_ED.to(dtype))
-        choice_TE = logit_TE.detach()  # what the choice is made by; a bias on it would leave the scores alone
+        choice_TE = logit_TE.detach()  # by this a token chooses: a bias added here leaves the scores alone
         expert_TK = largest(choice_TE, self.K)
         aux = statistics(logit_TE, expert_TK)
-        score_TK = ROUTERS[self.router].weigh(logit_TE, expert_TK)
+        score_TK = ROUTERS[self.router].weigh(logit_TE, expert_TK)  # by this it weighs what it chose
         return score_TK, expert_TK, aux
 
 
 def largest(choice_TE, K):
-    """Indices (T, K) of the K largest in each row, largest first, the lower index first among equals. torch.topk breaks
-    ties as it likes; parts of one expert that upcycling gave equal logits could then be chosen apart."""
+    """Indices (T, K) of the K largest in each row, the largest first, and of equals the lower index first. torch.topk
+    breaks ties as it likes. Upcycling gives the parts of one expert equal logits: here they are chosen together."""
     if K == 1:
         return choice_TE.argmax(dim=-1, keepdim=True)  # the first of equals
     return choice_TE.argsort(dim=-1, descending=True, stable=True)[:, :K]
@@ -195,8 +196,8 @@ def statistics(logit_TE, expert_TK):
         z       = mean_t (log sum_i exp l_ti)^2       keeps the logits small (ST-MoE, 2202.08906)
 
     balance is 1 when p is uniform, and E / K when K experts take everything. The counts have no gradient: the loss
-    lowers p where n is large. In the example above n = 2 2 1 1, the columns of p sum to 10/8, 4/8, 6/8 and 4/8, and
-    balance = 4/6 (2 10 + 2 4 + 6 + 4) / 24 = 19/18."""
+    lowers p where n is large. In the example at the top n is 2 2 1 1, the means of p are 10/24, 4/24, 6/24 and 4/24,
+    and balance is 4/6 (2 * 10 + 2 * 4 + 1 * 6 + 1 * 4) / 24 = 19/18."""
     (T, E), K = logit_TE.shape, expert_TK.shape[1]
     z_T = logit_TE.logsumexp(-1)
     p_TE = (logit_TE - z_T[:, None]).exp()
@@ -234,7 +235,9 @@ def swiglu(x_RD, gate_up_HD, down_DF):
 
 
 def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
-    """y_t = sum over k of score_tk expert_tk(x_t), (T, D): each expert gathers its tokens, computes, and adds."""
+    """y_t = sum over k of score_tk expert_tk(x_t), (T, D): each expert gathers its tokens, computes, and adds.
+
+    x (T, D), scores and chosen experts (T, K), the matrices of all experts (E, 2 F, D) and (E, D, F)."""
     y_TD = torch.zeros_like(x_TD)
     for e in range(len(gate_up_EHD)):
         token_R, k_R = (expert_TK == e).nonzero(as_tuple=True)  # who chose e, and as which of the K choices
@@ -243,17 +246,19 @@ def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     return y_TD
 
 
-# `loop` is that with the gradient by hand, on CPUs and wherever `grouped` cannot run. One expert at a time stays in the
-# cache, and the score goes into the hidden activations (down is linear), which are fewer numbers where F < D.
-# `grouped` makes one product of all experts. Its shapes are static and nothing waits for the host: CUDA in bfloat16.
+# Now the fast ways. Both sort the pairs of token and expert by expert: each expert finds its tokens together. Both
+# multiply the hidden activations by the score, not the output: down is linear, and they are fewer numbers if F < D.
+#
+#     loop       still one expert after the other, which keeps it in a CPU's cache; the gradient is by hand
+#     grouped    one product for all experts: static shapes, nothing waits for the host. CUDA in bfloat16
 
 
 @torch.compiler.disable  # group sizes are data here: nothing to compile
 def loop(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
-    """`reference`, faster on a CPU. On an accelerator it waits once, for the group sizes.
+    """`reference` for a CPU; takes and returns the same. On an accelerator it waits once, for the group sizes.
 
     In 16 bits a CPU compiles its products anew for every number of rows. So groups are filled up to multiples of 1/32
-    of their mean: a few sizes, which return at every call, for 2 % more rows. Those hold token 0 with score 0."""
+    of their mean. That makes a few sizes, which return at every call, and 2 % more rows: token 0 with score 0."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
     multiple = math.ceil(T * K / len(gate_up_EHD) / 32) if dtype.itemsize == 2 else 1
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
@@ -333,7 +338,7 @@ def can_group(device, dtype, down_EDF):
 
 
 def grouped(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
-    """`reference` as two products over all pairs, sorted by expert."""
+    """`reference` as two products over all pairs, sorted by expert; takes and returns the same."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
     place_TK = torch.empty_like(order_P).scatter(0, order_P, torch.arange(T * K, device=x_TD.device)).view(T, K)
