@@ -121,7 +121,8 @@ class Recipe:
             if given not in (None, own):
                 raise ValueError(f"{name} is {given!r}, and that of the mixture {own!r} (leave it out)")
         if self.experts < 2 * E or self.experts % E:
-            raise ValueError(f"experts is {self.experts}, and the mixture has {E} ({2 * E}, {3 * E} or another multiple)")
+            right = f"{2 * E}, {3 * E} or another multiple"
+            raise ValueError(f"experts is {self.experts}, and the mixture has {E} ({right})")
         if self.top_k not in (K, K * self.copies):
             same = f"{K * self.copies} for the same function"
             raise ValueError(f"top_k is {self.top_k} ({K} as before, or {same} at more work a token)")
@@ -150,19 +151,16 @@ class Recipe:
         """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size.
 
         Copies add amplitudes, for they agree; independent experts add variances, see moe.output_scale."""
-        match self.router:
-            case "topk-softmax":  # the scores sum to one, whatever is chosen; the parts of a copy share its score
-                size = self.cut
-            case "softmax-topk":  # over all: m times as many experts, of which (top_k / old top_k) times as many count
-                before = self.source.top_k if self.source.experts else 1
-                size = self.cut * self.copies * before / self.top_k  # exact for equal logits, or all copies chosen
-        match self.scale:
-            case "exact":  # SwiGLU is linear in down_proj, and in nothing else
-                return size if matrix == "down_proj" else 1
-            case "cube-root":  # as published: right for a squared ReLU, s^3 relu(a)^2, and wrong for SwiGLU
-                return size ** (1 / 3)
-            case "none":
-                return 1
+        before = self.source.top_k if self.source.experts else 1
+        size = {
+            "topk-softmax": self.cut,  # scores sum to one, whatever is chosen; the parts of a copy share its score
+            "softmax-topk": self.cut * self.copies * before / self.top_k,  # a copy gets 1/m of the old score
+        }[self.router]
+        return {
+            "exact": size if matrix == "down_proj" else 1,  # SwiGLU is linear in down_proj, and in nothing else
+            "cube-root": size ** (1 / 3),  # as published: right for a squared ReLU, s^3 relu(a)^2, wrong for SwiGLU
+            "none": 1,
+        }[self.scale]
 
     def dtype(self, stored):
         """`stored`, where it holds the result exactly, or else fp32."""
@@ -221,11 +219,13 @@ def tag(r):
 def router_rows(layer, r, w=None):
     """The router (E, D). w: that of a mixture, whose rows the copies take over; the first copy keeps its row."""
     D, m, G = r.source.hidden_size, r.copies, r.granularity
-    random = short(model.normal((r.experts, 1, D), r.router_std, r.seed, layer, 0, f"{tag(r)} router"))
+    random = model.normal((r.experts, 1, D), r.router_std, r.seed, layer, 0, f"{tag(r)} router")
     if w is None:
-        return random.expand(-1, G, -1).reshape(-1, D)  # the G parts of a copy are neighbours, and tie
-    random[::m] = 0
-    return (w.view(-1, G, D).repeat_interleave(m, 0) + random.to(w.dtype)).view(-1, D)
+        return short(random).expand(-1, G, -1).reshape(-1, D)  # the G parts of a copy are neighbours, and tie
+    rows = w.view(-1, 1, G, D).repeat(1, m, 1, 1)  # of each expert m copies, neighbours too
+    if r.router_std:
+        rows[:, 1:] = short(rows.float() + random.view(-1, m, 1, D))[:, 1:]
+    return rows.view(-1, D)
 
 
 def replica(w, matrix, layer, number, r):
