@@ -1,30 +1,28 @@
 """Growing: a trained small model becomes a deeper or a wider one, in one step.
 
-A large model that starts from random numbers first learns what a small model already knows. So train the small one,
-build the large one out of its weights, and train on. "Stacking Your Transformers" (2405.15319) names the operators.
+A large model that starts from random numbers first learns what a small one knows already. So train the small one, build
+the large one out of its weights, and train on. "Stacking Your Transformers" (2405.15319) names the ways to do it.
 
-Depth. The new layers are a list of old ones. A factor makes the list, or you write it: `--layers 0-23,8-31`.
+Depth. The new layers are a list of old ones. A factor makes the list, or `--layers` gives it.
 
-    direct    0 1 2 0 1 2       The stack once more. It is another function, and yet the best start, says the paper.
-    zero      0 0' 1 1' 2 2'    The copy ' adds nothing yet: its o_proj and down_proj are 0. The others are not 0, so
-                                the first update already moves these two.
-    random    0 * 1 * 2 *       A block * of random numbers adds c times its output. c rises from 0 to 1 in training.
+    direct    0 1 2 0 1 2       The stack again: another function, and yet the best start, the paper finds.
+    zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
+    random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
 
-Width. Every width d becomes D = k d: hidden size, MLP and the number of heads. Dimensions of a head, words and experts
-stay. Read W as one matrix, x as what it reads, and gain as the gain of an RMSNorm:
+Width. The width d becomes D = k d: hidden size, MLP, number of heads. The size of a head, words and experts stay.
 
-    direct    x' = [x, x]    W' = [a U, (1 - a) U] with U = [W; W]     gain' = [gain, gain]
-    zero      x' = [x, 0]    W' = [[W, A], [0, C]]                     gain' = [gain / sqrt(k), 1]
-    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]               gain' = sqrt(open / D) [gain, 1]
+    direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]
+    zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
+    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1], open = d + c (D - d)
 
-A, B and C are random numbers as large as those of W. open = d + c (D - d) is the number of dimensions that count.
+W is any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as those of W.
 
-Direct by hand. W = [[1, 2], [3, 4]] turns x = (1, 1) into (3, 7). Its copies get shares a of their own, say these:
+Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Every entry of U gets its own a, for example:
 
-         1/4  1/2               1/4   1     3/4   1
-    a =  1/2  1/4        W' =   3/2   1     3/2   3          W' (1, 1, 1, 1) = (3, 7, 3, 7) = [W x, W x]
-         1/2  3/4               1/2   3/2   1/2   1/2
-         1/4  1/2               3/4   2     9/4   2
+    a = 1/4  1/2      a U = 1/4   1      (1 - a) U = 3/4   1
+        1/2  1/4            3/2   1                  3/2   3       W' x' = [a U, (1 - a) U] (1, 1, 1, 1)
+        1/2  3/4            1/2  3/2                 1/2  1/2            = (3, 7, 3, 7) = [W x, W x]
+        1/4  1/2            3/4   2                  9/4   2
 
 All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp64 (random: as long as c is 0).
 
@@ -34,18 +32,18 @@ All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp6
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
     python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
 
-Left out: growing in several hops (worse than one, says the paper), a factor for each width, Adam's moments, and copies
-of a part of the width (bert2BERT; not exact). More experts: upcycle.py. Maps that are learned: ligo.py.
+Left out: several hops (worse than one, says the paper), a factor for each width, Adam's moments, and copying a part of
+the width (bert2BERT; not exact). upcycle.py makes more experts, ligo.py learns how to grow.
 
-Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (a loss of 2.119):
-  1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), and grow it with zero (--factor 2). Which is best at once
-     (`python train.py --init FOLDER --tokens 0`), which after 2e5 tokens? (2.193, 2.178, 2.119 at once; then 2.034,
-     2.030, 1.976. The base left small: 1.981 for half the cost. After 6e5 tokens it is too early to grow.)
-  2. The paper multiplies the gain of width-direct by sqrt(d / D). Do so: `lambda g: g.repeat(k) * k**-0.5` in `direct`.
-     (2.300 in the place of 2.119. Copies do not change a root mean square; now every block reads too small numbers.)
-  3. Set SPREAD to 0, grow with width-direct, train for 1e5 tokens, and compare the halves of the embedding:
-     `a, b = checkpoint.load(FOLDER).model.embed_tokens.weight.chunk(2, -1)`. (They are equal to the last bit. With
-     SPREAD 0.5 they differ by 18 % in norm.)
+Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
+  1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once, which after 2e5
+     tokens? `python train.py --init FOLDER --tokens 0` evaluates. (At once 2.193, 2.178, 2.119; then 2.034, 2.030,
+     1.976. The base left small has 1.981 by then, at half the cost: it was too early to grow.)
+  2. The paper prints the gain of width-direct times sqrt(d / D). Write so: `copy = lambda g: g.repeat(k) * k**-0.5`.
+     (2.300 in the place of 2.119. Copies have the root mean square of x: now each block reads too small numbers.)
+  3. Set SPREAD to 0, grow with width-direct, train for 1e5 tokens and compare the halves of the embedding:
+     `a, b = checkpoint.load(FOLDER).model.embed_tokens.weight.chunk(2, -1)`. (Equal to the last bit: the copies got the
+     same gradients. With SPREAD 0.5 they differ by 18 % in norm.)
 """
 
 import argparse
@@ -69,7 +67,6 @@ import model
 import operators
 from checkpoint import at_layer, place, unpack
 
-AXES, OPERATORS = ("depth", "width"), ("direct", "zero", "random")
 INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
 SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
 
@@ -138,8 +135,6 @@ def retention(layers):
 def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """What run.json says of growing the model of `config`: factor and layers resolved, width without layers.
     Raises ValueError."""
-    if axis not in AXES:
-        raise ValueError(f"axis is {axis!r} ({' or '.join(AXES)})")
     if axis == "width" and layers is not None:
         raise ValueError("layers are for depth (width takes a factor)")
     if layers is None and not 1 < factor <= 1000:
@@ -179,7 +174,7 @@ def is_added(name, layers):
     return layer is not None and layers[layer] in layers[:layer]
 
 
-def depth(name, entry):
+def depth(name, entry, config):
     """Layer i is layer list[i]. zero: an added block writes nothing. random: nor does it, and it is drawn anew."""
     layer, layers, kind = place(name).layer, entry["layers"], role(name)
     names = [name if layer is None else at_layer(name, layers[layer])]
@@ -240,14 +235,15 @@ def width_insert(name, entry, config):
         grown[rows:, :columns] = 0
         return grown
 
+    pad = lambda t: F.pad(t, (0, round(t.shape[-1] * k) - t.shape[-1]))
     gain = lambda g: torch.cat((g * shrink, g.new_ones(round(len(g) * k) - len(g))))
     return [name], {
-        "embedding": lambda W: F.pad(W, (0, round(W.shape[1] * k) - W.shape[1])),
+        "embedding": pad,
         # A QK-norm is over a head, which stays, but shares its eps' = eps / k with the others: q and k shrink alike.
         "scores": partial(border, scale=shrink) if config.qk_norm else border,
         "reader": border,
         "writer": border,
-        "bias": lambda b: F.pad(b, (0, round(len(b) * k) - len(b))),  # new heads put out nothing
+        "bias": pad,  # new heads put out nothing
         "gain": gain,
         "last gain": gain,
         "head gain": same,
@@ -256,20 +252,21 @@ def width_insert(name, entry, config):
     }[role(name)]
 
 
+FORMULAS = {
+    ("depth", "direct"): depth, ("depth", "zero"): depth, ("depth", "random"): depth,
+    ("width", "direct"): width_direct, ("width", "zero"): width_insert, ("width", "random"): width_insert,
+}  # fmt: skip
+AXES, OPERATORS = (tuple(dict.fromkeys(names)) for names in zip(*FORMULAS))
+
+
 def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """The operators.Operator that grows a model of Config `config`. Raises ValueError for what cannot be built, or not
     exactly where the operator promises it."""
+    if (axis, operator) not in FORMULAS:
+        raise ValueError(f"axis {axis!r}, operator {operator!r} ({' or '.join(AXES)}; {', '.join(OPERATORS)})")
     entry = lineage_step(config, axis, operator, factor, layers, seed)
-    match axis, operator:
-        case "depth", "direct" | "zero" | "random":
-            formula = partial(depth, entry=entry)
-        case "width", "direct":
-            formula = partial(width_direct, entry=entry, config=config)
-        case "width", "zero" | "random":
-            formula = partial(width_insert, entry=entry, config=config)
-        case _:
-            raise ValueError(f"operator is {operator!r} ({', '.join(OPERATORS)})")
-    # Depth copies. Width makes products, which bf16 does not hold: 0.04 on the logits.
+    formula = partial(FORMULAS[axis, operator], entry=entry, config=config)
+    # Depth copies. Width makes products, which bf16 does not hold (0.04 on the logits).
     dtype = same if axis == "depth" else partial(torch.promote_types, torch.float32)
     return operators.Operator(grown_config(config, entry), formula, entry, dtype)
 
@@ -305,23 +302,18 @@ def describe(target, config, entry, stored, dtype):
 class Mask:
     """Opens what operator random has closed, in `updates` updates: `train.py --mask-steps` (MSG, 2305.02869).
 
-    module: as grown, at c = 0. entry: the one of its lineage that grew it. draw: draw the raw numbers behind the mask
-    (not if `module` holds them, as in a resumed run).
-
-    The parameters hold raw numbers: those are what an optimizer updates and a state dict shows, under the usual names.
-    The forward pass reads mask x raw. For that, a masked layer becomes one of a subclass of its own, in which `weight`
-    is a property; model.py knows nothing of it."""
+    module: as grown, at c = 0. entry: that of its lineage that grew it. draw: draw the raw numbers behind the mask (not
+    if `module` holds them, as in a resumed run). The optimizer and a state dict see raw numbers, under the usual names.
+    The forward pass sees mask x raw: a masked layer gets a class of its own, in which its `weight` is a property."""
 
     def __init__(self, module, entry, updates, draw=True):
         self.module, self.entry, self.updates, self.plain = module, entry, updates, []
         self.c = torch.zeros_like(module.lm_head.weight[0, 0])
         state = module.state_dict()
         closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
-        raw, gains = dict(unpack(module.config, state)), set()
-        for name, where in unpack(module.config, closed):  # views: of all experts, and of the tensors in `state`
+        raw = dict(unpack(module.config, state))
+        for name, where in unpack(module.config, closed):  # views
             self.close(name, where)
-            if role(name) in ("gain", "last gain"):
-                gains.add(name)
             if draw and where.any():
                 self.draw(name, where, raw)
         if module.config.tie_word_embeddings:
@@ -329,7 +321,7 @@ class Mask:
         for name, where in closed.items():
             if where.any():
                 owner, _, attribute = name.rpartition(".")
-                self.hide(module.get_submodule(owner), attribute, where, name in gains)
+                self.hide(module.get_submodule(owner), attribute, where)
 
     def close(self, name, where):
         """Sets `where`, False in the shape of tensor `name`, to True where operator random has added something."""
@@ -358,13 +350,13 @@ class Mask:
                     like = raw[at_layer(name, layers.index(layers[place(name).layer]))]
                 t[where] = random_numbers(name, t.shape, rms(like), self.entry["seed"]).to(t)[where]
 
-    def hide(self, owner, attribute, closed, is_gain):
+    def hide(self, owner, attribute, closed):
         """From now on owner.attribute is mask x raw."""
         c, k = self.c, self.entry["factor"]
 
         def masked(self):
             raw = self._parameters[attribute]
-            if is_gain:
+            if isinstance(self, model.RMSNorm):
                 return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): RMSNorm over the open dimensions
             return torch.where(closed, c * raw, raw)
 
