@@ -79,11 +79,11 @@ def without_special(texts, tokenizer):
     return [text for text in texts if not any(special in text for special in tokenizer.forbidden.values())]
 
 
-def assert_same_ids(tokenizer, folder, transformers, exact=True):
+def assert_same_ids(tokenizer, folder, transformers, exact=True, every=1):
     """`transformers` opens the folder and agrees about every text without special tokens in it, and back. exact: the
     text comes back as it was."""
     public = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = without_special(real_texts(), tokenizer)
+    texts = without_special(real_texts()[::every], tokenizer)
     if tokenizer is BYTES:
         texts = [t for t in texts if len(t) < 9999]
     for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
@@ -171,7 +171,12 @@ def test_public_tokenizer_json_gives_the_same_ids_as_transformers(tmp_path, layo
 
 
 def train(kind):
-    """A small tokenizer of a public kind, trained by the library: (tokenizer, does a text come back as it was)."""
+    """A small tokenizer of a public kind, trained by the library."""
+    return tokenizers.Tokenizer.from_str(train_once(kind))
+
+
+@functools.cache
+def train_once(kind):
     named = ["<unk>", "<s>", "</s>"]
     blank = pre_tokenizers.Metaspace(prepend_scheme="always")
     fallback = [tokenizers.AddedToken(f"<0x{b:02X}>", normalized=False) for b in range(256)]
@@ -180,13 +185,13 @@ def train(kind):
         small.normalizer, small.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         small.decoder = decoders.WordPiece()
         small.train_from_iterator(SMALL, trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]", "[SEP]"]))
-        return small
+        return small.to_str()
     if kind == "unigram":
         small = tokenizers.Tokenizer(models.Unigram())
         small.normalizer, small.pre_tokenizer, small.decoder = normalizers.NFKC(), blank, decoders.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=named, unk_token="<unk>", show_progress=False)
         small.train_from_iterator(SMALL, trainer)
-        return small
+        return small.to_str()
     small = tokenizers.Tokenizer(models.BPE())
     small.pre_tokenizer = blank
     small.train_from_iterator(SMALL, trainers.BpeTrainer(vocab_size=700, special_tokens=named, show_progress=False))
@@ -209,7 +214,7 @@ def train(kind):
     small.add_special_tokens(named)
     start = [("<s>", small.token_to_id("<s>"))]
     small.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
-    return small
+    return small.to_str()
 
 
 def write_trained(folder, small, end="</s>"):
@@ -233,10 +238,10 @@ def test_every_kind_gives_the_ids_of_transformers_and_its_saved_folder_too(tmp_p
     folder = write_trained(tmp_path, small, "[SEP]" if kind == "wordpiece" else "</s>")
     tokenizer = load_tokenizer(str(folder))
     exact = EXACT[kind] and not words
-    assert_same_ids(tokenizer, folder, transformers, exact)
+    assert_same_ids(tokenizer, folder, transformers, exact, every=4)
     (tmp_path / "saved").mkdir()
     tokenizer.save(tmp_path / "saved")
-    assert_same_ids(tokenizer, tmp_path / "saved", transformers, exact)
+    assert_same_ids(tokenizer, tmp_path / "saved", transformers, exact, every=4)
     again = load_tokenizer(str(tmp_path / "saved"))
     assert (again.key, again.vocab_size, again.eot) == (tokenizer.key, tokenizer.vocab_size, tokenizer.eot)
 
@@ -248,7 +253,7 @@ def test_added_tokens_that_are_not_special_are_found_in_byte_level_texts(tmp_pat
     public.add_tokens(WORDS)
     public.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path))
-    assert_same_ids(tokenizer, tmp_path, transformers, exact=False)
+    assert_same_ids(tokenizer, tmp_path, transformers, exact=False, every=4)
     assert tokenizer.encode(["x    = 1"])[0].tolist().count(tokenizer.public.token_to_id("    ")) == 1
 
 
@@ -264,7 +269,7 @@ ODD = {
 @pytest.mark.parametrize("what", ODD)
 def test_what_tiktoken_could_not_represent_gives_the_same_ids_too(tmp_path, what, transformers):
     write_public(tmp_path, GPT2, None, **ODD[what])
-    assert_same_ids(load_tokenizer(str(tmp_path)), tmp_path, transformers, exact=False)
+    assert_same_ids(load_tokenizer(str(tmp_path)), tmp_path, transformers, exact=False, every=4)
 
 
 @pytest.mark.parametrize("kind", EXACT)
