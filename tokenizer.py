@@ -255,6 +255,7 @@ def from_ranks(name, split, ranks, special, end):
 
     tiktoken merges any two neighbours that make a token, those of the lowest rank first. As a list of merges: every way
     to cut a token into two, in the order of ranks. (`ignore_merges`: a word that is a token stays whole.)"""
+    special = {text: i for i, text in {i: text for text, i in reversed(special.items())}.items()}  # one name an id
     spell = {token: "".join(CHAR[b] for b in token) for token in ranks}
     cuts = ((t[:i], t[i:]) for t in sorted(ranks, key=ranks.get) for i in range(1, len(t)))
     merges = [f"{spell[a]} {spell[b]}" for a, b in cuts if a in ranks and b in ranks]
