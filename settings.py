@@ -208,10 +208,9 @@ def settle(args, given, world):
     elif kind != "new":
         folder = checkpoint.find(args.init or args.branch)
         config = read_config(folder)
-        checkpoint.check_whole(folder)
+        state = read_trainer(folder) if kind == "branch" else None
         locate(folder, config)  # headers only: what is missing or torn is said now
         named, lineage = read_lineage(folder, args.source_tokens)
-        state = read_trainer(folder) if kind == "branch" else None
     stored = state["settings"] if state else last_settings(lineage)
     s = inherit(kind, args, given, stored)
     match kind:
