@@ -24,23 +24,23 @@ Expert 0 computes tokens a and c, multiplies them by their scores, and adds them
 
 Granularity G (2402.07871) cuts each expert into G narrow ones and gives a token G times as many. Parameters and
 arithmetic stay, but for more router rows. The choice grows: 2 of 8 experts make 28 teams, 4 of 16 make 1820. Expert e
-becomes the neighbours e G ... e G + G - 1. In all files, the letters E, K and F count what is there after the cut:
+becomes experts e G to e G + G - 1. In all files, the letters E, K and F count what is there after the cut:
 E = experts G, K = top_k G, F = intermediate_size / G. The names of the flags count what was there before it.
 
 A router left alone soon uses few experts: `statistics` has the losses against it. And the output must be as large as
 that of the dense layer: see `output_scale`.
 
 Left out on purpose. Expert choice, also the router of 2402.07871: experts pick tokens, so a token's experts depend on
-later tokens. That paper's LayerNorm on the output: `output_scale` does its work at the start. Shared experts, which
-every token uses: 2410.07524 found no gain from them when upcycling.
+later tokens. That paper's LayerNorm on the output, which `output_scale` replaces at initialisation. Shared experts,
+which every token uses: 2410.07524 found no gain from them when upcycling (starting experts as copies of an MLP).
 
 Try:
 1. Let `output_scale` return 1.0. Predict the losses of `train.py --experts 8 --top-k 2 --granularity 8 --tokens 3e5`.
-   (It starts at 5.48, with the scale at 5.56; log 256 is 5.55. The layer adds 1 / (top_k G^2) = 1/128 of the variance
-   it should, but the last norm rescales what there is. It ends at 2.414, with the scale at 2.370.)
+   (It starts at 5.48 in place of 5.56, and ends at 2.414 in place of 2.370. The layer's variance is 1 / (top_k G^2) =
+   1/128 of what it should be. The last norm hides that at the start.)
 2. Tie two experts: `logit = torch.randn(8000, 8); logit[:, 1] = logit[:, 0]; moe.count(moe.largest(logit, K), 8)`.
-   (Seed 0. With K = 1, expert 0 gets 1147 tokens, expert 1 none. With K = 2, expert 1 gets those 1147, where the pair
-   ranks first. Expert 0 gets 2268: also those where the pair ranks second and one place is left.)
+   (Seed 0, K = 1: expert 0 gets 1147 tokens, expert 1 none. K = 2: expert 1 gets those 1147, and expert 0 gets 2268,
+   for it also wins where the pair ranks second and one place is left.)
 3. Balance without a loss, as DeepSeek-V3 does (2412.19437). In `__init__` put `self.bias = 0.0`. In `route` add it to
    `choice_TE`. After `aux`, in training, add `0.1 * (aux["counts"].float().mean() - aux["counts"]).sign()` to it. Run
    `train.py --experts 8 --top-k 2 --balance-coef 0 --tokens 3e5`. (max_violation, what the busiest expert has above an
@@ -64,8 +64,8 @@ import torch.nn.functional as F
 
 class Router(NamedTuple):
     weigh: Callable  # scores (T, K) from the logits (T, E) and the chosen experts (T, K)
-    shares: Callable  # 1 / score when all logits are equal, from E and K
-    least_K: int  # with fewer experts a token, the score has no gradient
+    inverse_score: Callable  # from E and K: 1 / score when all logits are equal
+    least_K: int  # with fewer experts a token the score is constant, and the router has no gradient
 
 
 def softmax_of_chosen(logit_TE, expert_TK):
@@ -76,7 +76,7 @@ def chosen_of_softmax(logit_TE, expert_TK):
     return (logit_TE.gather(1, expert_TK) - logit_TE.logsumexp(-1, keepdim=True)).exp()
 
 
-ROUTERS = {  # another one also needs a public format
+ROUTERS = {  # another one also needs a public format: see ROUTER in checkpoint.py
     "topk-softmax": Router(softmax_of_chosen, lambda E, K: K, least_K=2),  # a single score is always 1
     "softmax-topk": Router(chosen_of_softmax, lambda E, K: E, least_K=1),
 }
@@ -111,8 +111,8 @@ def check(hidden_size, intermediate_size, experts, top_k, granularity, router, c
 
 # ---- the size of the output -----------------------------------------------------------------------------------------
 # The scores are below one and the narrow experts small, so the output is small too. A factor on down_proj makes up for
-# it. Let s be the score when all logits are equal. G narrow experts are as large as one full-width MLP. So a token adds
-# up top_k MLPs, each times s:
+# it. Let s be the score when all logits are equal. G narrow experts with score s make one full-width MLP times s, and a
+# token has top_k such groups:
 #
 #     copies of one MLP add amplitudes         s top_k MLP(x)            so the factor is 1 / (s top_k)
 #     independent experts add variances        s^2 top_k var(MLP(x))     so the factor is 1 / (s sqrt(top_k))
@@ -122,7 +122,7 @@ def check(hidden_size, intermediate_size, experts, top_k, granularity, router, c
 
 def copy_scale(experts, top_k, granularity, router):
     """Factor on down_proj that gives back the output of an MLP from copies of it; upcycling needs it."""
-    return ROUTERS[router].shares(experts * granularity, top_k * granularity) / top_k
+    return ROUTERS[router].inverse_score(experts * granularity, top_k * granularity) / top_k
 
 
 def output_scale(experts, top_k, granularity, router):
@@ -158,7 +158,7 @@ class MoE(nn.Module):
         gate_up_EHD, down_EDF = self.experts.gate_up_proj, self.experts.down_proj
         device, dtype = x.device.type, gate_up_EHD.dtype
         if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # autocast does not reach into grouped_mm and Loop
+            dtype = torch.get_autocast_dtype(device)  # the fast ways below cast by hand
         with torch.autocast(device, enabled=False):
             # 1. Route: each token chooses its experts and gets a score for each.
             score_TK, expert_TK, aux = self.route(x_TD)
@@ -202,12 +202,13 @@ def count(expert_TK, E):
 def statistics(logit_TE, expert_TK):
     """balance_loss and z_loss (scalars with gradient), counts (E,), dropped (0 as yet) and entropy (nats a token).
 
-    An expert that is used more learns more, and is then used more still. Two losses lean against that:
+    An expert that is used more learns more, and is then used more still. The first loss leans against that, the second
+    keeps logits small:
 
         balance = E / (T K) sum_i n_i mean_t p_ti     n_i tokens chose i; p is the softmax over all E logits (Switch)
-        z       = mean_t (log sum_i exp l_ti)^2       keeps the logits small (ST-MoE, 2202.08906)
+        z       = mean_t (log sum_i exp l_ti)^2       (ST-MoE, 2202.08906)
 
-    balance is 1 when p is uniform, and E / K when K experts take everything. The counts have no gradient: the loss
+    balance is 1 when p is uniform, and E / K when K experts take every token and all of p. The counts have no gradient: the loss
     lowers p where n is large. In the example at the top n is 2 2 1 1, the means of p are 10/24, 4/24, 6/24 and 4/24,
     and balance is 4/6 (2 * 10 + 2 * 4 + 1 * 6 + 1 * 4) / 24 = 19/18."""
     (T, E), K = logit_TE.shape, expert_TK.shape[1]
@@ -225,7 +226,7 @@ def statistics(logit_TE, expert_TK):
 
 def within_capacity(expert_TK, E, capacity_factor):
     """True (T, K) for the pairs that find a place. An expert has ceil(capacity_factor T K / E) of them, and the first
-    tokens of the call take them: x is (B, T, D) row by row, so the order is that of the rows, then of positions.
+    tokens of the call take them: window by window, and in a window by position.
 
     So a token's output does not depend on the tokens after it in its window, nor on the windows after its own. It does
     depend on the windows before its own, and on the number of tokens in the call. Were places given to the best scores
@@ -269,26 +270,26 @@ def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
 def loop(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """`reference` for a CPU; takes and returns the same. On an accelerator it waits once, for the group sizes.
 
-    In 16 bits a CPU compiles its products anew for every number of rows. So groups are filled up to multiples of 1/32
-    of their mean. That makes a few sizes, which return at every call, and 2 % more rows: token 0 with score 0."""
+    In 16 bits a CPU compiles its products anew for every number of rows. So groups are padded to multiples of 1/32 of
+    their mean: a few sizes, for 2 % more rows."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
     multiple = math.ceil(T * K / len(gate_up_EHD) / 32) if dtype.itemsize == 2 else 1
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
     groups = order_P.split(count(expert_TK, len(gate_up_EHD)).tolist())
-    groups = [F.pad(pair_R, (0, -len(pair_R) % multiple), value=T * K) for pair_R in groups]  # pair T K fills up
+    groups = [F.pad(pair_R, (0, -len(pair_R) % multiple), value=T * K) for pair_R in groups]  # pair T K: score 0
     pair_P, sizes = torch.cat(groups), [len(pair_R) for pair_R in groups]
     score_P = F.pad(score_TK.reshape(-1), (0, 1)).index_select(0, pair_P).to(dtype)
-    sum_dtype = dtype if K == 1 else torch.promote_types(dtype, torch.float32)  # a single result is only put in place
+    sum_dtype = dtype if K == 1 else torch.promote_types(dtype, torch.float32)  # with K = 1 nothing is summed
     return Loop.apply(x_TD, score_P, gate_up_EHD, down_EDF, pair_P // K % T, sizes, sum_dtype)
 
 
 class Loop(torch.autograd.Function):
     """For each expert, with h = [gate; up] x, a = silu(gate) * up, s the score and W, V its matrices: y += V (s a).
 
-    Autograd would give each expert's gather a gradient of the size of x. By hand, from dy:
-        da = V' dy    ds = a . da    dV = dy (s a)'
-        dh = s [silu'(gate) * up * da; silu(gate) * da]
-        dW = dh x'    dx += W' dh"""
+    Autograd would allocate a gradient of the size of x for each expert's gather. By hand, from dy:
+        da = V^T dy    ds = a . da    dV = dy (s a)^T
+        dh = s [silu'(gate) * up * da; silu(gate) * da]          silu' is the derivative; [;] is one below the other
+        dW = dh x^T    dx += W^T dh"""
 
     @staticmethod
     def forward(ctx, x_TD, score_P, gate_up_EHD, down_EDF, token_P, sizes, sum_dtype):
@@ -353,19 +354,20 @@ def grouped(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """`reference` as two products over all pairs, sorted by expert; takes and returns the same."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
-    place_TK = torch.empty_like(order_P).scatter(0, order_P, torch.arange(T * K, device=x_TD.device)).view(T, K)
+    rows_P = torch.arange(T * K, device=x_TD.device)
+    place_TK = torch.empty_like(order_P).scatter(0, order_P, rows_P).view(T, K)  # the inverse: the row of pair (t, k)
     token_P1 = (order_P // K)[:, None]
     ends_E = count(expert_TK, len(gate_up_EHD)).cumsum(0).to(torch.int32)  # the last is P: every row is written
     x_PD = SumRows.apply(x_TD, token_P1, place_TK)
     gate_PF, up_PF = F.grouped_mm(x_PD, gate_up_EHD.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     act_PF = (F.silu(gate_PF) * up_PF * score_TK.reshape(-1)[order_P][:, None]).to(dtype)
     y_PD = F.grouped_mm(act_PF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
-    return SumRows.apply(y_PD, place_TK, token_P1)
+    return SumRows.apply(y_PD, place_TK, token_P1)  # each token picks its K rows
 
 
 class SumRows(torch.autograd.Function):
     """y_i = sum over j of x[pick_ij]: sends tokens to their experts (one j), or collects a token's results (K of them).
-    back_ij are the rows of y that x_i went into, so the gradient is such a sum too: no atomics, and reproducible."""
+    back_i lists the rows of y that used x_i, so dx_i = sum over j of dy[back_ij]: no atomics, and reproducible."""
 
     @staticmethod
     def forward(ctx, x, pick, back):
