@@ -164,8 +164,8 @@ def test_redrawn_neurons_are_not_the_initial_weights_of_a_run_with_the_same_seed
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_a_copy_is_made_once_and_not_once_a_part(where, tmp_path, monkeypatch):
-    made, original = [], upcycle.replica
-    monkeypatch.setattr(upcycle, "replica", lambda *args, **more: made.append(args[1:]) or original(*args, **more))
+    made, original = [], upcycle.copy
+    monkeypatch.setattr(upcycle, "copy", lambda *args, **more: made.append(args[1:]) or original(*args, **more))
     recipe = dict(granularity=8, method="noise")
     if where == "memory":
         upcycle.upcycle(make(torch.bfloat16), 3, 2, **recipe)
@@ -341,7 +341,7 @@ def test_what_makes_no_sense_for_a_mixture_is_refused_by_name(flags, words, tmp_
 
 
 @pytest.mark.parametrize("name", ["mlp.shared_expert.up_proj.weight", "mlp.gate.bias", "mlp.experts.0.up_proj.bias",
-                                  "self_attn.q_proj.bias", "mlp.up_proj.weight", "mlp.experts.0.w1.weight"])  # fmt: skip
+                                  "self_attn.q_proj.bias", "mlp.up_proj.weight", "mlp.w1.weight"])  # fmt: skip
 def test_a_tensor_without_a_rule_is_an_error(name):
     formula = upcycle.operator(Config(**SMALL), 4, 2).formula
     with pytest.raises(ValueError, match=f"no rule for the tensor model.layers.0.{name}"):
