@@ -98,8 +98,8 @@ class Recipe:
         for name, allowed in (("method", METHODS), ("scale", SCALES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r} ({', '.join(allowed)})")
-        ranges = dict(experts=(1, 2**20), drop_ratio=(0, 1), noise_ratio=(0, 1), noise_std=(0, 100))
-        for name, (low, high) in ranges.items():
+        ratios = {name: (0, 1) for name in vars(self) if name.endswith("_ratio")}
+        for name, (low, high) in (dict(experts=(1, 2**20), noise_std=(0, 100)) | ratios).items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)} ({low} to {high})")
         if not (self.router_std == 0 or 1e-4 <= self.router_std <= 100):
@@ -143,7 +143,8 @@ class Recipe:
 
     def changed(self, F):
         """How many of F neurons the method changes."""
-        return int(getattr(self, f"{self.method}_ratio", 0) * F)
+        nothing = self.method == "copy" or (self.method == "noise" and self.noise_std == 0)
+        return 0 if nothing else int(getattr(self, f"{self.method}_ratio") * F)
 
     def factor(self, matrix):
         """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size.
@@ -162,9 +163,9 @@ class Recipe:
 
     def dtype(self, stored):
         """`stored`, where it holds the result exactly, or else fp32."""
-        powers_of_two = all(math.frexp(self.factor(m))[0] == 0.5 for m in MATRICES)
-        noisy = self.method == "noise" and self.noise_std > 0 and self.changed(self.source.intermediate_size) > 0
-        return stored if powers_of_two and not noisy else torch.promote_types(stored, torch.float32)
+        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)
+        held = self.method in EXACT or not self.changed(self.source.intermediate_size)
+        return stored if powers_of_two and held else torch.promote_types(stored, torch.float32)
 
     def entry(self):
         """What the lineage says: all but the options of other methods."""
@@ -214,6 +215,7 @@ def noise(W_S, draw, r):
 
 
 METHODS = {"copy": None, "noise": noise, "drop": drop}
+EXACT = ("copy", "drop")  # methods whose numbers bf16 and fp16 hold; for others the folder is written in fp32
 
 
 def router(layer, r, w_ED=None):

@@ -325,6 +325,17 @@ def test_equal_copies_stay_equal_in_training_until_something_tells_them_apart(to
     assert apart() < 1e-6 < 0.05 < min(apart(router_std=0.1), apart(method="drop"), apart(method="noise"))
 
 
+def test_the_source_may_be_a_public_models_name(tmp_path, monkeypatch):
+    cached = tmp_path / "models--org--name"
+    checkpoint.save(make(), cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    upcycle.upcycle_folder("org/name", tmp_path / "b", 4, 2)
+    assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(make(), 4, 2))
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["lineage"][0]["name"] == "org/name"
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--experts 6", r"experts is 6, and the mixture has 4 \(8, 12 or another multiple\)"),
     ("--experts 2", "experts is 2"),
@@ -348,9 +359,14 @@ def test_a_tensor_without_a_rule_is_an_error(name):
         formula(f"model.layers.0.{name}")
 
 
-def test_biases_of_queries_keys_and_values_are_refused_by_name():
-    with pytest.raises(ValueError, match="no public format holds biases of q, k and v beside a mixture"):
+def test_biases_of_queries_keys_and_values_are_refused_by_name(tmp_path, capsys):
+    words = "no public format holds biases of q, k and v beside a mixture"
+    with pytest.raises(ValueError, match=words):
         upcycle.upcycle(make(qkv_bias=True), 4, 2)
+    checkpoint.save(make(qkv_bias=True), tmp_path / "a")
+    with pytest.raises(SystemExit):
+        upcycle.main([str(tmp_path / "a"), str(tmp_path / "b"), *"--experts 4 --top-k 2".split()])
+    assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "b").exists()
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -652,3 +668,7 @@ def test_the_command_writes_a_folder_and_says_so(tmp_path, capsys):
     said = capsys.readouterr()
     assert "8 experts of width 48, 4 a token" in said.out and "bfloat16" in said.out and said.err == ""
     assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 4, 2, granularity=2))
+    upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 2".split()])
+    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "equal in all" in said
+    steps = json.loads((tmp_path / "more" / "run.json").read_text())["lineage"]
+    assert [(s.get("experts"), s.get("granularity")) for s in steps] == [(None, None), (4, 2), (8, 2)]
