@@ -59,10 +59,12 @@ import moe
 import operators
 from model import Config
 
-# E, K and F count what is there after the cut, as in moe.py: E = experts G, K = top_k G, F = intermediate_size / G.
+# E and K count what is there after the cut, as in moe.py: E = experts G, K = top_k G. D is hidden, m the copies of each
+# expert. The names experts, top_k and intermediate_size count full-width experts, before the cut.
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 SCALES = ("exact", "cube-root", "none")
+ROUTER_STD = 0.02  # of a router for a dense model; the copies of a mixture keep their rows
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Recipe:
     router: str = None  # None: that of a mixture; of a dense model Config's default
     method: str = "copy"
     seed: int = 1
-    router_std: float = None  # None: 0 for a mixture, whose copies keep their rows; 0.02 for a dense model
+    router_std: float = None  # of the random part of new rows; None: 0 for a mixture, ROUTER_STD for a dense model
     scale: str = "exact"
     drop_ratio: float = 0.5
     noise_ratio: float = 0.5
@@ -94,7 +96,7 @@ class Recipe:
             if getattr(self, name) is None:
                 setattr(self, name, default)
         if self.router_std is None:
-            self.router_std = 0.0 if mixture else 0.02
+            self.router_std = 0.0 if mixture else ROUTER_STD
         for name, allowed in (("method", METHODS), ("scale", SCALES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r} ({', '.join(allowed)})")
@@ -113,17 +115,17 @@ class Recipe:
 
     def check_mixture(self):
         """What a mixture's copies leave no choice about."""
-        E, K = self.source.experts, self.source.top_k
+        experts, top_k = self.source.experts, self.source.top_k
         for name in ("granularity", "router"):
             own, given = getattr(self.source, name), getattr(self, name)
             if given not in (None, own):
                 raise ValueError(f"{name} is {given!r}, and that of the mixture {own!r} (leave it out)")
-        if self.experts < 2 * E or self.experts % E:
-            right = f"{2 * E}, {3 * E} or another multiple"
-            raise ValueError(f"experts is {self.experts}, and the mixture has {E} ({right})")
-        if self.top_k not in (K, K * self.copies):
-            same = f"{K * self.copies} for the same function"
-            raise ValueError(f"top_k is {self.top_k} ({K} as before, or {same} at more work a token)")
+        if self.experts < 2 * experts or self.experts % experts:
+            right = f"{2 * experts}, {3 * experts} or another multiple"
+            raise ValueError(f"experts is {self.experts}, and the mixture has {experts} ({right})")
+        if self.top_k not in (top_k, top_k * self.copies):
+            same = f"{top_k * self.copies} for the same function"
+            raise ValueError(f"top_k is {self.top_k} ({top_k} as before, or {same} at more work a token)")
 
     @property
     def config(self):
@@ -141,10 +143,10 @@ class Recipe:
         """Parts that a copy is cut into. A mixture's experts were cut before."""
         return 1 if self.source.experts else self.granularity
 
-    def changed(self, F):
-        """How many of F neurons the method changes."""
+    def changed(self, neurons):
+        """How many of so many neurons the method changes."""
         nothing = self.method == "copy" or (self.method == "noise" and self.noise_std == 0)
-        return 0 if nothing else int(getattr(self, f"{self.method}_ratio") * F)
+        return 0 if nothing else int(getattr(self, f"{self.method}_ratio") * neurons)
 
     def factor(self, matrix):
         """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size.
@@ -153,7 +155,7 @@ class Recipe:
         before = self.source.top_k if self.source.experts else 1
         size = {
             "topk-softmax": self.cut,  # scores sum to one, whatever is chosen; the parts of a copy share its score
-            "softmax-topk": self.cut * self.copies * before / self.top_k,  # a copy gets 1/m of the old score
+            "softmax-topk": self.cut * self.copies * before / self.top_k,  # 1/m of a score, for equal logits
         }[self.router]
         return {
             "exact": size if matrix == "down_proj" else 1,  # SwiGLU is linear in down_proj, and in nothing else
@@ -316,8 +318,8 @@ def command_line():
     add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or that of the mixture SRC)")
     add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Config.router}, or that of the "
         "mixture SRC)")  # fmt: skip
-    add("--router-std", type=float, help="deviation of the random part of the new router rows (default: 0.02; 0 if SRC "
-        "is a mixture)")  # fmt: skip
+    add("--router-std", type=float, help=f"deviation of the random part of the new router rows (default: {ROUTER_STD}; 0 "
+        "if SRC is a mixture)")  # fmt: skip
     add("--scale", choices=SCALES, help="factor that keeps the output's size: on down_proj, its cube root on all three "
         f"matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
     add = parser.add_argument_group("experts").add_argument
