@@ -164,8 +164,8 @@ def test_redrawn_neurons_are_not_the_initial_weights_of_a_run_with_the_same_seed
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_a_copy_is_made_once_and_not_once_a_part(where, tmp_path, monkeypatch):
-    made, original = [], upcycle.replica
-    monkeypatch.setattr(upcycle, "replica", lambda *args, **more: made.append(args[1:]) or original(*args, **more))
+    made, original = [], upcycle.copy
+    monkeypatch.setattr(upcycle, "copy", lambda *args, **more: made.append(args[1:]) or original(*args, **more))
     recipe = dict(granularity=8, method="noise")
     if where == "memory":
         upcycle.upcycle(make(torch.bfloat16), 3, 2, **recipe)
@@ -325,6 +325,17 @@ def test_equal_copies_stay_equal_in_training_until_something_tells_them_apart(to
     assert apart() < 1e-6 < 0.05 < min(apart(router_std=0.1), apart(method="drop"), apart(method="noise"))
 
 
+def test_the_source_may_be_a_public_models_name(tmp_path, monkeypatch):
+    cached = tmp_path / "models--org--name"
+    checkpoint.save(make(), cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    upcycle.upcycle_folder("org/name", tmp_path / "b", 4, 2)
+    assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(make(), 4, 2))
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["lineage"][0]["name"] == "org/name"
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--experts 6", r"experts is 6, and the mixture has 4 \(8, 12 or another multiple\)"),
     ("--experts 2", "experts is 2"),
@@ -341,16 +352,21 @@ def test_what_makes_no_sense_for_a_mixture_is_refused_by_name(flags, words, tmp_
 
 
 @pytest.mark.parametrize("name", ["mlp.shared_expert.up_proj.weight", "mlp.gate.bias", "mlp.experts.0.up_proj.bias",
-                                  "self_attn.q_proj.bias", "mlp.up_proj.weight", "mlp.experts.0.w1.weight"])  # fmt: skip
+                                  "self_attn.q_proj.bias", "mlp.up_proj.weight", "mlp.w1.weight"])  # fmt: skip
 def test_a_tensor_without_a_rule_is_an_error(name):
     formula = upcycle.operator(Config(**SMALL), 4, 2).formula
     with pytest.raises(ValueError, match=f"no rule for the tensor model.layers.0.{name}"):
         formula(f"model.layers.0.{name}")
 
 
-def test_biases_of_queries_keys_and_values_are_refused_by_name():
-    with pytest.raises(ValueError, match="no public format holds biases of q, k and v beside a mixture"):
+def test_biases_of_queries_keys_and_values_are_refused_by_name(tmp_path, capsys):
+    words = "no public format holds biases of q, k and v beside a mixture"
+    with pytest.raises(ValueError, match=words):
         upcycle.upcycle(make(qkv_bias=True), 4, 2)
+    checkpoint.save(make(qkv_bias=True), tmp_path / "a")
+    with pytest.raises(SystemExit):
+        upcycle.main([str(tmp_path / "a"), str(tmp_path / "b"), *"--experts 4 --top-k 2".split()])
+    assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "b").exists()
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -652,3 +668,7 @@ def test_the_command_writes_a_folder_and_says_so(tmp_path, capsys):
     said = capsys.readouterr()
     assert "8 experts of width 48, 4 a token" in said.out and "bfloat16" in said.out and said.err == ""
     assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 4, 2, granularity=2))
+    upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 2".split()])
+    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "equal in all" in said
+    steps = json.loads((tmp_path / "more" / "run.json").read_text())["lineage"]
+    assert [(s.get("experts"), s.get("granularity")) for s in steps] == [(None, None), (4, 2), (8, 2)]
