@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import sources
 from tokenizer import from_ranks, load_tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -42,7 +43,7 @@ def test_python_corpus_needs_no_download_and_caches(tmp_path):
     assert 7e6 < corpus.about["bytes"] < 12e6 and corpus.bytes_per_token == 1
     assert (corpus.weight, other.weight) == (1, 0)
     assert 0.03 < len(corpus.val) / (len(corpus.val) + len(corpus.train)) < 0.06
-    assert "test" not in {p for _, path in data.list_files("python") for p in path.parts[:-1]}
+    assert "test" not in {p for _, path in sources.list_files("python") for p in path.parts[:-1]}
     assert corpus.about["source"].startswith("python 3") and "torch" in other.about["source"]
     stamp = (tmp_path / "cache").stat().st_mtime_ns
     again = make(tmp_path, "python")[0]
@@ -53,16 +54,16 @@ def test_requirements_are_the_packages():
     """But for the two that came when the corpora had been measured: their text would be another one."""
     lines = (Path(data.__file__).parent / "requirements.txt").read_text().splitlines()
     wanted = {line.split(">")[0].split()[0] for line in lines}
-    assert wanted - {"tokenizers", "huggingface_hub"} == {*data.PACKAGES} - {"_pytest"}
+    assert wanted - {"tokenizers", "huggingface_hub"} == {*sources.PACKAGES} - {"_pytest"}
 
 
 def test_english_is_prose_of_the_packages_and_no_code_of_python(tmp_path):
     code = '"""Module."""\ndef f():\n    """Says\n    this."""\n    return "code"\n'
     package = write(tmp_path, {"a.py": code, "b.py": "x ="})
-    assert data.read_docstrings(package / "a.py") == b"Module.\n\nSays\nthis."
-    assert data.read_docstrings(package / "b.py") is None
-    assert b"lambda" in data.read_docstrings(STDLIB / "pydoc_data/topics.py")
-    assert not {*data.list_files("english")} & {*data.list_files("python")}
+    assert sources.read_docstrings(package / "a.py") == b"Module.\n\nSays\nthis."
+    assert sources.read_docstrings(package / "b.py") is None
+    assert b"lambda" in sources.read_docstrings(STDLIB / "pydoc_data/topics.py")
+    assert not {*sources.list_files("english")} & {*sources.list_files("python")}
 
 
 def test_validation_takes_whole_files_by_the_hash_of_their_name(tmp_path):
