@@ -174,6 +174,7 @@ def read_texts(path, skip):
         if line.strip():
             with refuse(f"{path} line {number} has no text", 'each line: {"text": "..."}'):
                 record = json.loads(line)
+                need(isinstance(record, dict), "it is no object")
                 need("text" in record, f"its fields are {', '.join(map(repr, record))}")
                 document, n = re.subn("[\ud800-\udfff]", "\ufffd", record["text"])
                 texts.append(document.encode())
