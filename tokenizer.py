@@ -111,7 +111,7 @@ class Tokenizer:
 
     def encode(self, texts):
         """list of str -> list of integer arrays, on all cores. ValueError: a text that has no ids."""
-        if self.name == "bytes":
+        if self.key == "bytes":
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
         with refuse(f"tokenizer {self.name!r} cannot encode text", "ids such as 17 4 31, or ready tokens"):
             if self.public is None:  # ids are their own text: "17 4 31", as `decode` writes them
@@ -131,7 +131,7 @@ class Tokenizer:
     def decode(self, ids):
         """Integers (list, array or tensor) -> str. Ids without a token and bytes that are no UTF-8 become U+FFFD."""
         ids = np.asarray(ids).reshape(-1).tolist()
-        if self.name == "bytes":
+        if self.key == "bytes":
             return bytes(i if i < 256 else 255 for i in ids).decode("utf-8", "replace")  # 255: never in UTF-8
         if self.public is None:
             return " ".join(map(str, ids))
@@ -215,7 +215,8 @@ def read_public(name, files, path):
         public.no_truncation()
         public.encode_special_tokens = True  # text is text
         ids = public.get_vocab(with_added_tokens=True)
-        need(ids and max(ids.values()) < MAX_VOCAB, f"ids up to {max(ids.values(), default=None)}, not {MAX_VOCAB}")
+        need(ids, "an empty vocabulary")
+        need(max(ids.values()) < MAX_VOCAB, f"an id above {MAX_VOCAB}: {max(ids.values())}")
         configs = [json.loads(files.get(f, b"{}")) for f in ("tokenizer_config.json", "special_tokens_map.json")]
         named = [config.get("eos_token") for config in configs]
         named = [token["content"] if isinstance(token, dict) else token for token in named]

@@ -322,7 +322,7 @@ def test_pieces_of_a_long_text_encode_as_the_whole_for_every_kind(tmp_path, kind
 
 REFUSED = {
     "dropout": {"dropout": 0.1},
-    "ids up to": {"vocab": {CHAR[b]: b << 20 for b in range(256)}, "merges": []},
+    "an id above": {"vocab": {CHAR[b]: b << 20 for b in range(256)}, "merges": []},
     "out of vocabulary": {"vocab": {"中": 0}},
     "PreTokenizer": {"pre_tokenizer": {"type": "Unknown"}},
 }
@@ -395,6 +395,15 @@ def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp
     ids.save(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 300}')
     assert load_tokenizer(str(tmp_path)) == ids
+
+
+def test_a_tokenizer_works_under_any_name(tmp_path):
+    for name in ("bytes", "ids:300"):
+        tokenizer = load_tokenizer(name)
+        tokenizer.name = "out/run-1"  # the trainer calls it as its parent did
+        assert tokenizer.decode(tokenizer.encode(["17 4"])[0]) == "17 4"
+        tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)) == BYTES
 
 
 def test_text_is_text_and_round_trips(monkeypatch):
