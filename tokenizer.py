@@ -113,15 +113,16 @@ class Tokenizer:
         """list of str -> list of integer arrays, on all cores. ValueError: a text that has no ids."""
         if self.key == "bytes":
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        with refuse(f"tokenizer {self.name!r} cannot encode text", "ids such as 17 4 31, or ready tokens"):
+        right = "ids such as 17 4 31, or ready tokens" if self.public is None else "one with a token for the unknown"
+        with refuse(f"tokenizer {self.name!r} cannot encode text", right):
             if self.public is None:  # ids are their own text: "17 4 31", as `decode` writes them
                 arrays = [np.array(text.split(), np.uint32) for text in texts]
                 need(all((ids < self.vocab_size).all() for ids in arrays), "an id beyond its vocabulary")
                 return arrays
             found = self.public.encode_batch_fast(texts, add_special_tokens=False)
-            return [self.spell(np.array(encoding.ids, np.uint32)) for encoding in found]
+            return [self.without_special(np.array(encoding.ids, np.uint32)) for encoding in found]
 
-    def spell(self, ids):
+    def without_special(self, ids):
         """Unigram takes the letters of a special token for that token. This gives the ids of the letters instead."""
         if not np.isin(ids, [*self.forbidden]).any():
             return ids
@@ -157,9 +158,10 @@ class Tokenizer:
 
     @cached_property
     def divisible(self):
-        """Are the ids of a text those of its pieces, if it is cut after a newline between a visible character and a
-        letter of ASCII? Yes if no word and no added token reaches over it, which the library's own splitter is asked
-        for all such pairs. No if all the text is one word, or if each text gets a blank in front (SentencePiece)."""
+        """May a text be cut after a newline between a visible character and a letter of ASCII, and keep its ids?
+
+        Yes if no word and no added token reaches over the cut. The library's own splitter is asked, for all such pairs.
+        No if a text is one long word, or if it gets a blank in front: so most tokenizers of the SentencePiece kind."""
         if self.public is None:
             return True
         splitter, added = self.public.pre_tokenizer, self.public.get_added_tokens_decoder().values()
@@ -183,8 +185,8 @@ def load_tokenizer(name="bytes"):
         return Tokenizer(name, int(name[4:]), int(name[4:]), None, name)
     path = Path(name)
     if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
-        path = next((file for file in files if file.exists()), path)
+        known = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
+        path = next((file for file in known if file.exists()), path)
     if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
         with refuse(path, "a vocab_size"):
             return load_tokenizer(f"ids:{json.loads(path.read_text())['vocab_size']}")
@@ -199,8 +201,8 @@ def load_tokenizer(name="bytes"):
         except OSError as e:
             raise ValueError(f"no download of {name!r}: {type(e).__name__} (bytes needs no network)") from None
         return from_ranks(name, bpe._pat_str, bpe._mergeable_ranks, bpe._special_tokens, "<|endoftext|>")
-    known = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
-    raise FileNotFoundError(f"no tokenizer {name!r} ({known}, a tokenizer.json or a rank file)")
+    right = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
+    raise FileNotFoundError(f"no tokenizer {name!r} ({right}, a tokenizer.json or a rank file)")
 
 
 def read_public(name, files, path):
