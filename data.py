@@ -378,11 +378,12 @@ def report(corpus, tokenizer, context):
     """A corpus as a page of text."""
     about, tokens = corpus.about, len(corpus.train) + len(corpus.val)
     skipped = ", ".join(f"{n} {reason}" for reason, n in about["skipped"].items()) or "none"
+    replaced = f"; {about['replaced']:,} lone surrogates replaced" if about["replaced"] else ""
     windows, evaluated = (len(corpus.train) - 1) // context, validation_windows(corpus, context)[0].numel()
     excerpt = tokenizer.decode(corpus.val[:300]).strip().splitlines()[:8]
     lines = [
         f"\n{corpus.name}: {about['source']}",
-        f"  files            {about['files']:,} (skipped: {skipped}; lone surrogates replaced: {about['replaced']})",
+        f"  files            {about['files']:,} (skipped: {skipped}){replaced}",
         f"  text             {about['bytes']:,} bytes, sha256 {about['sha256'][:12]}",
         f"  tokens           {tokens:,} of {corpus.vocab_size:,} kinds, {corpus.bytes_per_token:.2f} bytes each",
         f"  training         {len(corpus.train):,}: {windows:,} windows of {context}",

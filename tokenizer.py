@@ -13,6 +13,8 @@ than tiktoken: about 3 MB/s a thread against 12.
 
 Text is text. `<|endoftext|>` inside a document is encoded as ordinary characters, for a special token is one that no
 text may make. `transformers` finds special tokens in a text. It agrees with us about a text that has none.
+Its class for Llama 2 departs from that model's own tokenizer.json in one point: before a text that begins with a blank,
+the file wants another blank, and the class puts none.
 
 Left out on purpose: training a tokenizer, beginning-of-text tokens, SentencePiece's own binary files (`transformers`
 writes their tokenizer.json).

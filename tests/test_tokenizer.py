@@ -286,6 +286,19 @@ def test_no_text_makes_a_special_token(tmp_path, kind):
         assert small.encode(text).ids.count(small.token_to_id("</s>"))  # what the library does if nobody tells it
 
 
+def test_the_class_of_llama_2_differs_before_a_blank_only(tmp_path, transformers):
+    folder = write_trained(tmp_path, train("llama2"))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    public, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    texts = without_special(real_texts()[::4], tokenizer)
+    for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
+        assert text[:1] == " " or ids.tolist() == theirs
+    spelled = lambda ids: "".join(public.convert_ids_to_tokens(ids))
+    ours, theirs = tokenizer.encode([" x"])[0].tolist(), public.encode(" x", add_special_tokens=False)
+    assert (spelled(ours), spelled(theirs)) == ("▁▁x", "▁x")
+
+
 def test_sentencepiece_bytes_that_are_no_utf8_become_a_replacement_character(tmp_path):
     tokenizer = load_tokenizer(str(write_trained(tmp_path, train("llama2"))))
     ids = tokenizer.encode(["é 🦜"])[0].tolist()
