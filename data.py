@@ -71,6 +71,10 @@ class Corpus:
     vocab_size: int
     about: dict  # for run.json: source with versions, sha256, files, documents, skipped, bytes
 
+    def bits(self, loss):
+        """Nats a token -> bits a byte."""
+        return loss / math.log(2) / self.bytes_per_token
+
 
 @plain_errors()
 def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
@@ -276,6 +280,16 @@ class Reader:
         """[(corpus index, window number)] -> (ids, targets), int64 tensors (len(items), context)."""
         T = self.context
         return inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
+
+
+def same_text(step, corpora):
+    """Raises ValueError if a corpus is not the text that this step of a lineage has read."""
+    for corpus in corpora:
+        past = step["data"].get(corpus.name, corpus.about)
+        if past["sha256"] != corpus.about["sha256"]:
+            change = f"it was {past['source']}, it is {corpus.about['source']}, with other bytes"
+            right = "the old text, or --init to go on with the new one"
+            raise ValueError(f"the text of {corpus.name} has changed: {change} ({right})")
 
 
 def position(lineage, corpora, context, tokenizer):

@@ -1,28 +1,30 @@
-"""The transformer, and its folder on disk.
+"""The transformer: a decoder as Llama, Mistral, Qwen2 and Qwen3 have it.
 
-A decoder as Llama, Mistral and Qwen3 have it. One block is two residual lines,
+A token becomes a vector x of `hidden_size` numbers, the residual stream. Each block adds to it twice:
 
-    x = x + Attention(RMSNorm(x))
-    x = x + MLP(RMSNorm(x))               MLP(x) = W_down (silu(W_gate x) * W_up x)          (SwiGLU, 2002.05202)
+    x = x + Attention(RMSNorm(x))         looks at the tokens before
+    x = x + MLP(RMSNorm(x))               looks at this token alone
 
-with rotary positions (RoFormer, 2104.09864; the half-split order of Hugging Face), grouped-query attention
-(2305.13245), optionally an RMSNorm on every query and key head (QK-norm, as in Qwen3), and in the place of the MLP, if
-`experts` is not 0, the mixture of experts of moe.py.
+At the end the head turns x into one logit for each word of the vocabulary. What differs from GPT-2, and from nanoGPT:
 
-A checkpoint is a Hugging Face folder: `load` reads what Meta, Mistral and Qwen publish, and `save` writes what
-transformers and vLLM read. There is no converter, because there is no second format: parameters carry the public names.
-What this class cannot represent exactly (a sliding window, biases, another activation) is refused by name.
+    RMSNorm     x / sqrt(mean(x^2) + eps) * gain. It has no mean to subtract and no bias (1910.07467).
+    SwiGLU      MLP(x) = W_down (silu(W_gate x) * W_up x), with silu(z) = z sigmoid(z): three matrices (2002.05202).
+    rotation    Positions are not added to x. They turn queries and keys (RoFormer, 2104.09864), see below.
+    groups      Several query heads share one head of keys and values (2305.13245): a smaller cache.
+    QK-norm     An RMSNorm on each query and key head, as in Qwen3. Without it attention scores can grow without bound.
+    experts     If `experts` is not 0, the mixture of experts of moe.py stands in the place of the MLP.
 
-Measured (2 CPU cores, bf16, head_dim 32, context 256): torch's fused attention takes 2.5 times as long as the few lines
-of `causal_attention`, its RMSNorm twice as long as the same formula with a gradient by hand; so both stand here, for
-CPUs. One joined product for queries, keys and values, or for gate and up, gained nothing.
+The rotation, by hand. Let a head have 4 numbers (a0, a1, b0, b1). They are two pairs, (a0, b0) and (a1, b1), in the
+half-split order of Hugging Face. At position t the first pair is turned by the angle t, the second by t / 100 (if
+rope_theta is 10000). A query (1, 0, 0, 0) at position 3 becomes (cos 3, 0, sin 3, 0), a key (1, 0, 0, 0) at position 1
+becomes (cos 1, 0, sin 1, 0). Their product is cos 3 cos 1 + sin 3 sin 1 = cos(3 - 1): it depends on the distance alone.
 
-The first half is the transformer; what follows "the folder" reads and writes it, refusals included.
+Parameters carry the public names (`model.layers.0.self_attn.q_proj.weight`); checkpoint.py reads and writes them.
 
-Left out on purpose: dropout (one pass over the data needs none), biases, sliding windows, sequence packing masks, and
-every attention kernel but torch's `scaled_dot_product_attention`.
+    python model.py out/dense --prompt "def "                  # sample
 
-    python model.py out/dense --prompt "def "
+Left out: dropout (one pass over the data needs none), sliding windows, masks between packed documents, and every
+attention kernel but torch's `scaled_dot_product_attention`. cpu.py has the same arithmetic, faster, for CPUs.
 
 Try:
   1. Delete the `/ math.sqrt(2 * layers)` in `init_weights` and train 200 steps: with 3 layers the loss barely notices;
@@ -34,18 +36,12 @@ Try:
 """
 
 import argparse
-import contextlib
 import difflib
 import hashlib
-import json
 import math
-import os
 import re
-import shutil
 import signal
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -53,11 +49,9 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
+import cpu
 import moe
 
 
@@ -79,6 +73,7 @@ class Config:
     rope_scaling: dict | None = None  # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, ...
     tie_word_embeddings: bool = False  # True: the head is the embedding
     qk_norm: bool = True  # RMSNorm on each query and key head
+    qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
     experts: int = 0  # expansion rate E; 0 is a dense model
     top_k: int = 2  # full-width experts a token, K
     granularity: int = 1  # G: each full-width expert is split into G
@@ -101,6 +96,9 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim} (rotary embeddings turn pairs: an even number)")
+        if self.qkv_bias and (self.experts or self.qk_norm):
+            other = "a mixture of experts" if self.experts else "QK-norm"
+            raise ValueError(f"no public format holds biases of q, k and v beside {other} (a model without biases)")
         if self.experts:
             moe.check(
                 self.hidden_size, self.intermediate_size, self.experts, self.top_k, self.granularity, self.router,
@@ -113,28 +111,6 @@ class Config:
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """y = gain n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps; fp32 or wider. For CPUs: torch has no fast one there."""
-
-    @staticmethod
-    def forward(ctx, x, gain, eps):
-        ctx.dtype = x.dtype
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
-        n = x / rms
-        ctx.save_for_backward(n, rms, gain)
-        return (n * gain).to(ctx.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        n, rms, gain = ctx.saved_tensors
-        dy, wide = dy.to(n.dtype), gain.to(n.dtype)
-        dyn = dy * n
-        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx = (gain dy - n mean(gain dy n)) / rms
-        dx = (dy * wide).addcmul_(n, mean, value=-1).div_(rms)
-        return dx.to(ctx.dtype), dyn.flatten(0, -2).sum(0).to(gain.dtype), None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -143,7 +119,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            return RMSNormFunction.apply(x, self.weight, self.eps)
+            return cpu.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -167,28 +143,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos[:, None].to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin[:, None].to(x.dtype))
 
 
-def causal_attention(q, k, v, block=128):
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where
-    torch's fused kernel is slow. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
-    share = q.shape[1] // k.shape[1]
-    if share > 1:
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    q = q * q.shape[-1] ** -0.5
-    y = []
-    for i in range(0, q.shape[2], block):
-        scores = q[:, :, i : i + block] @ k[:, :, : i + block].mT  # (B, heads, block, i + block)
-        scores[..., i:] += torch.full_like(scores[0, 0, :, i:], -torch.inf).triu(1)
-        y.append(scores.softmax(-1) @ v[:, :, : i + block])
-    return torch.cat(y, dim=2)
-
-
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -209,7 +170,7 @@ class Attention(nn.Module):
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
         if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # beyond, memory grows with T^2
-            y = causal_attention(q, k, v)
+            y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
@@ -326,8 +287,8 @@ class Transformer(nn.Module):
         """Training FLOPs a token: 6 a parameter of the products it passes (head included, embedding look-up not), and
         12 layers heads head_dim context for the attention scores (the convention of PaLM, 2204.02311, and nanoGPT)."""
         c = self.config
-        gains = (2 * c.num_hidden_layers + 1) * c.hidden_size + 2 * c.head_dim * c.num_hidden_layers * c.qk_norm
-        products = self.num_parameters()["N_active"] - gains + c.hidden_size * c.vocab_size
+        vectors = sum(p.numel() for p in self.parameters() if p.dim() == 1)  # gains and biases multiply nothing
+        products = self.num_parameters()["N_active"] - vectors + c.hidden_size * c.vocab_size
         return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context
 
 
@@ -352,14 +313,14 @@ def init_weights(module, seed):
     | o_proj, down_proj                    | the same / sqrt(2 layers): the residual stream keeps its size    |
     | down_proj of an expert               | fan-in of the full width, x moe.output_scale: as the dense layer |
     | mlp.gate, the router                 | normal, 0.02 / sqrt(fan-in): logits near 0, as output_scale asks |
-    | norm gains                           | 1                                                                |
+    | norm gains; biases                   | 1; 0                                                             |
     """
     c = module.config
     layers = c.num_hidden_layers
     for name, p in module.named_parameters():
         layer = int(name.split(".")[2]) if ".layers." in name else -1
-        if name.endswith("norm.weight"):
-            p.fill_(1)
+        if p.dim() == 1:
+            p.fill_(0 if name.endswith("bias") else 1)
             continue
         std = 0.02 if "embed_tokens" in name or "lm_head" in name else 1 / math.sqrt(p.shape[-1])
         if ".mlp.gate." in name:
@@ -375,402 +336,6 @@ def init_weights(module, seed):
         for e in range(p.shape[0]):
             p[e].copy_(normal(p.shape[1:], std, seed, layer, e, matrix))
     return module
-
-
-# ---- the folder -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Gives the path of a new file beside `path` and renames it into place at the end: readers, and a machine after a
-    power cut, see the old file or the new one, never half of one."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        yield beside
-        with open(beside, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist (a checkpoint folder holds it)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error} (a JSON file)") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
-def read_lineage(folder, source_tokens=None):
-    """(name of the tokenizer or None, lineage) of a checkpoint folder, ours or a public one, from its run.json.
-
-    source_tokens: what a public source was trained on, if known. Raises ValueError for a torn folder.
-    """
-    folder = Path(folder)
-    path, weights = folder / "run.json", folder / "model.safetensors"
-    if source_tokens is not None and not 0 <= source_tokens < math.inf:
-        raise ValueError(f"source_tokens is {source_tokens} (0 or more)")
-    tokens = None if source_tokens is None else int(source_tokens)
-    if not path.exists():
-        return None, [{"step": "source", "name": folder.resolve().name, "tokens": tokens}]
-    run = read_json(path)
-    lineage = run.get("lineage")
-    if not isinstance(lineage, list) or not lineage or not all(isinstance(s, dict) and "step" in s for s in lineage):
-        raise ValueError(f"{path} has no lineage (a list of steps)")
-    if "step" in run and weights.exists():
-        with opened(weights) as f:
-            if (f.metadata() or {}).get("step", str(run["step"])) != str(run["step"]):
-                raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
-    if tokens is not None:
-        if lineage[0]["step"] != "source":
-            why = f"{path} knows its own tokens (leave it out for our own)"
-            raise ValueError(f"source_tokens is {source_tokens}: {why}")
-        lineage[0]["tokens"] = tokens
-    return run.get("tokenizer"), lineage
-
-
-DENSE, MIXTURES = ("llama", "mistral", "qwen3"), ("mixtral", "qwen3_moe")
-
-
-def read_config(folder):
-    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what cannot be said exactly."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
-    h = read_json(folder / "config.json")
-    kind = h.get("model_type")
-
-    def refuse(what):
-        raise ValueError(f"{folder}/config.json: {what}")
-
-    def need(*names):
-        for name in names:
-            if h.get(name) is not None:
-                return h[name]
-        refuse(f"{names[0]} is missing")
-
-    if kind not in DENSE + MIXTURES:
-        refuse(f"model_type {kind!r} is not supported ({', '.join(DENSE + MIXTURES)})")
-    for key, fine in dict(
-        hidden_act=("silu", None), attention_bias=(False, None), mlp_bias=(False, None), quantization_config=(None,),
-        partial_rotary_factor=(1, None), decoder_sparse_step=(1, None), mlp_only_layers=([], None),
-        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None),
-    ).items():  # fmt: skip
-        if h.get(key) not in fine:
-            refuse(f"{key} {h[key]!r} is not supported ({fine[0]!r} is)")
-    if h.get("sliding_window") is not None and h.get("use_sliding_window", True):
-        refuse(f"sliding_window {h['sliding_window']} is not supported (null, or use_sliding_window false)")
-    if any(t != "full_attention" for t in h.get("layer_types") or ()):
-        refuse("layer_types other than full_attention are not supported")
-
-    rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None
-    if rope_type == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if any(k not in rope for k in keys):
-            refuse(f"llama3 rope scaling needs {', '.join(keys)}")
-        scaling = {"rope_type": "llama3", **{k: rope[k] for k in keys}}
-    elif rope_type != "default":
-        refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
-    heads, qwen = need("num_attention_heads"), kind.startswith("qwen3")
-    kv_heads = h.get("num_key_value_heads") or (heads if kind == "llama" else need("num_key_value_heads"))
-    c = Config(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
-        num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=h.get("head_dim") or (128 if qwen else need("hidden_size") // heads),
-        max_position_embeddings=h.get("max_position_embeddings", 2048),
-        rms_norm_eps=h.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", h.get("rope_theta", 1e6 if kind == "mixtral" else 1e4))),
-        rope_scaling=scaling,
-        tie_word_embeddings=h.get("tie_word_embeddings", False),
-        qk_norm=qwen,
-        bos_token_id=h.get("bos_token_id"),
-        eos_token_id=h.get("eos_token_id"),
-    )
-    if kind in MIXTURES:
-        G = c.granularity = h.get("granularity", 1)
-        experts, top_k = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
-        if experts % G or top_k % G:
-            refuse(f"granularity {G} does not divide {experts} experts and {top_k} a token")
-        c.experts, c.top_k, c.intermediate_size = experts // G, top_k // G, c.intermediate_size * G
-        if kind == "qwen3_moe" and not h.get("norm_topk_prob", False):
-            c.router = "softmax-topk"
-        c.balance_coef = h.get("router_aux_loss_coef", 0.001) * top_k  # the public loss sums over a token's choices
-    c.check()
-    return c
-
-
-def public_config(c, dtype):
-    """The Hugging Face configuration of Config c, a dict; rotary settings and dtype in the older and newer spelling."""
-    kind = ("qwen3_moe" if c.qk_norm else "mixtral") if c.experts else ("qwen3" if c.qk_norm else "llama")
-    name = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe"}[kind]
-    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    same += " head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings"
-    same += " bos_token_id eos_token_id"
-    h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(c, k) for k in same.split()}}
-    h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02}
-    h["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
-    h["torch_dtype"] = h["dtype"] = str(dtype).removeprefix("torch.")
-    if kind == "llama":
-        h["mlp_bias"] = False
-    else:
-        h["sliding_window"] = None
-    if c.experts:
-        renormalised = {"topk-softmax": True, "softmax-topk": False}[c.router]  # there is no other public router
-        width, total, chosen = c.intermediate_size // c.granularity, c.experts * c.granularity, c.top_k * c.granularity
-        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": c.balance_coef / chosen}
-        h["granularity"] = c.granularity
-        if kind == "mixtral":
-            h |= {"num_local_experts": total, "intermediate_size": width}
-        else:
-            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": renormalised}
-            h |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    return h
-
-
-def public_tensors(c, state):
-    """Yields (public name, tensor) of a state dict: experts one by one, a tied head left out."""
-    mixtral = c.experts and not c.qk_norm  # has names of its own; with QK-norm it is Qwen3-MoE, with the dense names
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    for name, t in state.items():
-        if name == "lm_head.weight" and c.tie_word_embeddings:
-            continue
-        if mixtral and ".mlp." in name:
-            name = name.replace(".mlp.", ".block_sparse_moe.")
-        if ".experts.gate_up_proj" in name:
-            prefix = name.removesuffix("gate_up_proj")
-            for e in range(t.shape[0]):
-                gate, up = t[e].chunk(2)
-                yield f"{prefix}{e}.{names[0]}.weight", gate
-                yield f"{prefix}{e}.{names[1]}.weight", up
-        elif ".experts.down_proj" in name:
-            for e in range(t.shape[0]):
-                yield f"{name.removesuffix('down_proj')}{e}.{names[2]}.weight", t[e]
-        else:
-            yield name, t
-
-
-def private_tensors(c, found):
-    """The inverse of public_tensors: {public name: tensor} -> state dict, experts joined, the head tied if it is. Takes
-    the tensors out of `found`, so that nothing is held twice."""
-    with torch.device("meta"):
-        names, state = Transformer(c).state_dict(), {}
-    for name, t in names.items():
-        parts = [found.pop(n) for n, _ in public_tensors(c, {name: t})]
-        if name.endswith("gate_up_proj"):
-            parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
-        if parts:  # of a tied head there are none
-            state[name] = torch.stack(parts) if ".experts." in name else parts[0]
-    if c.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
-
-
-def tensor_files(folder):
-    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        shards = {"model.safetensors"}
-    elif index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map (tensor name: file name)")
-        shards = set(weight_map.values())
-    else:
-        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or shards and their index)")
-    files = {}
-    for shard in sorted(shards):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise ValueError(f"{index} names a shard outside the folder: {shard!r}")
-        if not (folder / shard).exists():
-            raise FileNotFoundError(f"{folder / shard} is missing (the index names it)")
-        with opened(folder / shard) as f:
-            files |= dict.fromkeys(f.keys(), folder / shard)
-    return files
-
-
-def opened(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def inspect(folder, config):
-    """({public name: (file, name in it, index into that)} of the tensors that Config `config` asks for, widest dtype).
-
-    Read from the files' headers. Raises FileNotFoundError or ValueError where a tensor is missing, left over, torn, or
-    of another shape or dtype."""
-    with torch.device("meta"):  # shapes without numbers
-        state = Transformer(config).state_dict()
-    files, found = tensor_files(folder), {}
-    for name, t in state.items():
-        for i, (public, part) in enumerate(public_tensors(config, {name: t})):
-            if ".experts." not in name or name not in files:
-                found[public] = public, tuple(part.shape), ()
-            elif name.endswith("down_proj"):  # some writers keep a layer's experts in one tensor
-                found[public] = name, tuple(t.shape), (i,)
-            else:  # expert 0's gate, its up, expert 1's gate, ...
-                found[public] = name, tuple(t.shape), (i // 2, slice(i % 2 * len(part), (i % 2 + 1) * len(part)))
-    shapes = {name: shape for name, shape, _ in found.values()}
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some public folders
-    missing = sorted(shapes.keys() - files.keys())
-    extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith(spare))
-    for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
-        if names:
-            more = f" and {len(names) - 1} more" * (len(names) > 1)
-            raise ValueError(f"{folder} {word} the tensor {names[0]}{more} (config.json and weights must agree)")
-    dtype = None
-    for path in sorted(set(files.values())):
-        with opened(path) as f:
-            for name in sorted(shapes.keys() & set(f.keys())):
-                kind, shape = f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape())
-                if shape != shapes[name] or kind not in DTYPES:
-                    right = f"config.json says {shapes[name]}; {', '.join(DTYPES)} are read"
-                    raise ValueError(f"{path}: {name} is {kind} of shape {shape} ({right})")
-                dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
-    return {public: (files[name], name, index) for public, (name, _, index) in found.items()}, dtype
-
-
-def read_tensors(found):
-    """Yields (public name, tensor) for entries of `inspect`, a file after the other."""
-    for path in sorted({path for path, _, _ in found.values()}):
-        with opened(path) as f:
-            for public, (there, name, index) in found.items():
-                if there == path:
-                    yield public, f.get_slice(name)[index] if index else f.get_tensor(name)
-
-
-def load(folder, dtype=torch.float32):
-    """The module in a checkpoint folder, with its weights as `dtype`, on the CPU.
-
-    Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says.
-    """
-    config = read_config(folder)
-    found, _ = inspect(folder, config)
-    return assemble(config, private_tensors(config, {name: t.to(dtype) for name, t in read_tensors(found)}))
-
-
-def assemble(config, state):
-    """The module of Config `config` whose weights are the tensors of the state dict, themselves and not copies."""
-    with torch.device("meta"):
-        module = Transformer(config)
-    module.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        module.lm_head.weight = module.model.embed_tokens.weight
-    return module
-
-
-def save(module, folder, tokenizer=None, state=None, step=None):
-    """Writes config.json, model.safetensors and, if given, the tokenizer into `folder`, each renamed into place.
-
-    state: the weights to write in the place of the module's own (a sharded module has only its part of them).
-    step: a number that goes into the metadata of model.safetensors.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = module.state_dict() if state is None else state
-    tensors = {n: t.detach().cpu().contiguous() for n, t in public_tensors(module.config, state)}
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    write_json(folder / "config.json", public_config(module.config, next(iter(tensors.values())).dtype))
-    with replacing(folder / "model.safetensors") as beside:
-        save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
-
-
-BESIDES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-           "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
-SHARD_SIZE = 5e9  # bytes
-
-
-def write_folder(source, target, config, dtype, stream, run, shard_size=SHARD_SIZE):
-    """The end of an operator: the new checkpoint folder `target`, a tensor at a time, renamed into place when whole.
-
-    stream: yields the tensors that Config `config` asks for, in the order of public_tensors; they are written as
-    `dtype`, into files of at most shard_size bytes (a larger tensor has its own). run: the contents of run.json, to
-    which the counts are added. What lies beside the weights in `source`, such as the tokenizer, comes along.
-    Returns the bytes of tensors. Raises ValueError before anything is written, OSError if writing fails."""
-    source, target = Path(source), Path(target)
-    if os.path.lexists(target):
-        raise ValueError(f"{target} exists (another name; nothing is overwritten)")
-    if not shard_size >= 1:
-        raise ValueError(f"shard_size is {shard_size} (bytes, such as 5e9)")
-    with torch.device("meta"):
-        module = Transformer(config)
-    shards, size, total = [{}], 0, 0  # of each file {name: (shape, bytes)}
-    for name, t in public_tensors(config, module.state_dict()):
-        n = t.numel() * dtype.itemsize
-        if shards[-1] and size + n > shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = list(t.shape), n
-        size, total = size + n, total + n
-    copied = sorted({p for pattern in BESIDES for p in source.glob(pattern) if p.is_file()})
-    ground = next(p for p in target.absolute().parents if p.exists())
-    need, free = total + sum(p.stat().st_size for p in copied) + 2**20, shutil.disk_usage(ground).free
-    if need > free:
-        raise ValueError(f"{target} needs {need / 1e9:.2f} GB, and {ground} has {free / 1e9:.2f} GB free (make room)")
-    partial, index = target.with_name(f"{target.name}.partial-{os.getpid()}"), {}
-    partial.mkdir(parents=True)
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-            for i, shard in enumerate(shards):
-                several = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-                file = several if len(shards) > 1 else "model.safetensors"
-                index |= dict.fromkeys(shard, file)
-                write_shard(partial / file, shard, dtype, stream, bar)
-        for path in copied:
-            shutil.copyfile(path, partial / path.name)
-        write_json(partial / "run.json", {**run, **module.num_parameters()})
-        if len(shards) > 1:
-            meta = {"total_size": total}
-            write_json(partial / "model.safetensors.index.json", {"metadata": meta, "weight_map": index})
-        write_json(partial / "config.json", public_config(config, dtype))
-        os.rename(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return total
-
-
-def write_shard(path, shard, dtype, stream, bar):
-    """A safetensors file, without ever holding it: the length of the header, the header, then each tensor's bytes."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    kind = {t: kind for kind, t in DTYPES.items()}[dtype]
-    for name, (shape, n) in shard.items():
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + n]}
-        at += n
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for name, (shape, n) in shard.items():
-            t = next(stream).to(dtype).contiguous()
-            assert list(t.shape) == shape, name
-            f.write(t.view(torch.uint8).numpy())
-            bar.update(n)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -822,13 +387,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
-    import data
+    from tokenizer import load_tokenizer
+
+    import checkpoint
 
     parser = Parser(
         description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "', allow_abbrev=False
     )
     add = parser.add_argument
-    add("folder", help="checkpoint folder, ours or a public Llama, Mistral, Mixtral, Qwen3 or Qwen3-MoE one")
+    add("folder", help="checkpoint folder, ours or a public one, or a public model's name such as Qwen/Qwen3-0.6B-Base")
     add("--prompt", default="def ", help="text to go on from (default: %(default)r)")
     add("--tokens", type=int, default=200, help="tokens to sample at most (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
@@ -841,12 +408,13 @@ def main():
         if args.tokens < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
             raise ValueError("--tokens, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
         device = pick_device(args.device)
-        read_config(args.folder)  # says what is wrong with a folder better than the tokenizer would
-        tokenizer = data.load_tokenizer(args.folder)
+        folder = checkpoint.find(args.folder)
+        checkpoint.read_config(folder)  # says what is wrong with a folder better than the tokenizer would
+        tokenizer = load_tokenizer(str(folder))
         ids = tokenizer.encode([args.prompt])[0].tolist()
         if not ids:
             raise ValueError("--prompt is empty (give at least one character)")
-        module = load(args.folder).to(device)
+        module = checkpoint.load(folder).to(device)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     shown = tokenizer.decode(ids)

@@ -1,0 +1,476 @@
+"""A checkpoint: a Hugging Face folder, and the module that lies in it.
+
+There is no format of our own. `load` reads what Meta, Mistral and Qwen publish, and `save` writes what transformers and
+vLLM read. What the Transformer of model.py cannot compute exactly (a sliding window, another activation) is refused by
+name. Nothing in a folder is executed, and no file outside it is opened.
+
+    config.json          the configuration, in the public keys; one key more, `granularity`, which other readers ignore
+    model.safetensors    the weights, or shards of them with model.safetensors.index.json
+    tokenizer.json ...   the tokenizer, in its public files
+    run.json             where the weights come from: the `lineage`, a list of steps, and the counts of parameters
+    trainer.pt           what `train.py --resume` needs
+
+Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.mlp.experts.3.up_proj.weight`. Mixtral
+has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
+all experts of a layer in two tensors: `unpack` and `pack` go between those and the names.
+
+A killed process leaves a loadable folder. Each file is written beside its place, flushed and renamed. The order is
+weights, run.json, trainer.pt; each holds the number of its step, and a folder whose numbers differ is refused.
+"""
+
+import json
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import Config, Transformer
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path):
+    """Gives the path of a new file beside `path` and renames it into place at the end: readers, and a machine after a
+    power cut, see the old file or the new one, never half of one."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".partial")
+    try:
+        yield beside
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
+        rename(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def rename(old, new):
+    """Renames a file or folder, and waits until the disk knows of it: without that a power cut can undo it."""
+    os.replace(old, new)
+    with suppress(OSError):  # Windows opens no folders
+        folder = os.open(Path(new).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path, value):
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist (a checkpoint folder holds it)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error} (a JSON file)") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def find(name):
+    """The folder that `name` means: that folder itself, or a public model `org/name`, from the hub or the hub's cache.
+    Only weights, JSON and tokenizer files are fetched. Raises FileNotFoundError."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return Path(name)
+    import huggingface_hub
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "vocab.*", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:  # no network, no such model, no right to it: many kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        right = "a folder, or the name of a public model and, the first time, a network"
+        raise FileNotFoundError(f"{name} is no folder, and the hub did not give it: {reason} ({right})") from None
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+KINDS = {  # model_type: keys that a configuration may leave out, and what its public class takes then
+    "llama": dict(max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=None),
+    "mistral": dict(max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=8,
+                    sliding_window=4096),
+    "qwen2": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32),
+    "qwen3": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32,
+                  head_dim=128),
+    "mixtral": dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8,
+                    num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001),
+    "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
+                      num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
+}  # fmt: skip
+ROUTER = {True: "topk-softmax", False: "softmax-topk"}  # by norm_topk_prob: are the chosen scores made to sum to one?
+
+
+def read_config(folder):
+    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what cannot be said exactly."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
+    h = read_json(folder / "config.json")
+    kind = h.get("model_type")
+
+    def refuse(what):
+        raise ValueError(f"{folder}/config.json: {what}")
+
+    def need(*names):
+        for name in names:
+            if h.get(name) is not None:
+                return h[name]
+        refuse(f"{names[0]} is missing")
+
+    if kind not in KINDS:
+        refuse(f"model_type {kind!r} is not supported ({', '.join(KINDS)})")
+    h = KINDS[kind] | h
+    for key, fine in dict(
+        hidden_act=("silu", None), attention_bias=(False, None), mlp_bias=(False, None), quantization_config=(None,),
+        partial_rotary_factor=(1, None), decoder_sparse_step=(1, None), mlp_only_layers=([], None),
+        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None),
+    ).items():  # fmt: skip
+        if h.get(key) not in fine:
+            refuse(f"{key} {h[key]!r} is not supported ({fine[0]!r} is)")
+    if h.get("sliding_window") is not None and h.get("use_sliding_window", not kind.startswith("qwen")):
+        refuse(f"sliding_window {h['sliding_window']} is not supported (null, or use_sliding_window false)")
+    if any(t != "full_attention" for t in h.get("layer_types") or ()):
+        refuse("layer_types other than full_attention are not supported")
+
+    rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
+    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if rope_type == "llama3":
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if any(k not in rope for k in keys):
+            refuse(f"llama3 rope scaling needs {', '.join(keys)}")
+        scaling = {"rope_type": "llama3", **{k: rope[k] for k in keys}}
+    elif rope_type != "default":
+        refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
+    config = Config(
+        vocab_size=need("vocab_size"),
+        hidden_size=need("hidden_size"),
+        intermediate_size=need("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
+        num_hidden_layers=need("num_hidden_layers"),
+        num_attention_heads=need("num_attention_heads"),
+        num_key_value_heads=need("num_key_value_heads", "num_attention_heads"),
+        head_dim=h.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+        max_position_embeddings=need("max_position_embeddings"),
+        rms_norm_eps=need("rms_norm_eps"),
+        rope_theta=float(rope.get("rope_theta", need("rope_theta"))),
+        rope_scaling=scaling,
+        tie_word_embeddings=h.get("tie_word_embeddings", False),
+        qk_norm=kind.startswith("qwen3"),
+        qkv_bias=kind == "qwen2",
+        bos_token_id=h.get("bos_token_id"),
+        eos_token_id=h.get("eos_token_id"),
+    )
+    if kind in ("mixtral", "qwen3_moe"):
+        G = config.granularity = h.get("granularity", 1)
+        experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
+        if experts % G or chosen % G:
+            refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
+        config.experts, config.top_k, config.intermediate_size = experts // G, chosen // G, config.intermediate_size * G
+        config.router = ROUTER[kind == "mixtral" or bool(h["norm_topk_prob"])]
+        config.balance_coef = need("router_aux_loss_coef") * chosen  # the public loss sums over a token's choices
+    config.check()
+    return config
+
+
+def public_config(config, dtype):
+    """The Hugging Face configuration of a Config, a dict; rotary settings and dtype in the older and newer spelling."""
+    match bool(config.experts), config.qk_norm, config.qkv_bias:
+        case False, False, False:
+            kind, name, more = "llama", "Llama", {"mlp_bias": False}
+        case False, False, True:
+            kind, name, more = "qwen2", "Qwen2", {"sliding_window": None}
+        case False, True, False:
+            kind, name, more = "qwen3", "Qwen3", {"sliding_window": None}
+        case True, False, False:
+            kind, name, more = "mixtral", "Mixtral", {"sliding_window": None}
+        case True, True, False:
+            kind, name, more = "qwen3_moe", "Qwen3Moe", {"sliding_window": None}
+    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    same += " head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings"
+    same += " bos_token_id eos_token_id"
+    h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(config, k) for k in same.split()}}
+    h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, **more}
+    if kind == "qwen2":
+        del h["attention_bias"]  # its class knows no such key: q, k and v always have a bias there
+    h["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+    h["torch_dtype"] = h["dtype"] = str(dtype).removeprefix("torch.")
+    if config.experts:
+        G = config.granularity
+        width, total, chosen = config.intermediate_size // G, config.experts * G, config.top_k * G
+        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": config.balance_coef / chosen, "granularity": G}
+        if kind == "mixtral":
+            h |= {"num_local_experts": total, "intermediate_size": width}
+        else:
+            renormalised = {router: flag for flag, router in ROUTER.items()}[config.router]
+            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": renormalised}
+            h |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    return h
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+SPELLING = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's
+
+
+def spelled(config, name):
+    """A tensor's name in the files of a model of `config`."""
+    if config.experts and not config.qk_norm and ".mlp." in name:
+        for ours, theirs in SPELLING.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
+def unpack(config, state):
+    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out."""
+    for name, t in state.items():
+        layer, _, matrix = name.partition(".experts.")
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if not matrix:
+            yield name, t
+        for e, expert in enumerate(t if matrix else ()):
+            parts = zip(("gate_proj", "up_proj"), expert.chunk(2)) if matrix == "gate_up_proj" else [(matrix, expert)]
+            for which, part in parts:
+                yield f"{layer}.experts.{e}.{which}.weight", part
+
+
+def pack(config, tensors):
+    """The inverse of unpack: {name: tensor} -> state dict. Empties `tensors`, so that nothing is held twice."""
+    with torch.device("meta"):
+        names, state = Transformer(config).state_dict(), {}
+    for name, t in names.items():
+        parts = [tensors.pop(n) for n, _ in unpack(config, {name: t})]
+        if name.endswith("gate_up_proj"):
+            parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
+        if parts:  # of a tied head there are none
+            state[name] = torch.stack(parts) if ".experts." in name else parts[0]
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in the model: `place("model.layers.2.mlp.experts.5.up_proj.weight")` is (2, 5, "up_proj",
+    "weight"). layer and expert are None outside the layers and the experts; the router is the matrix "gate"."""
+
+    layer: int | None
+    expert: int | None
+    matrix: str
+    kind: str  # weight or bias
+
+
+def place(name):
+    *path, matrix, kind = name.split(".")
+    number = lambda word: int(path[path.index(word) + 1]) if word in path else None
+    return Place(number("layers"), number("experts"), matrix, kind)
+
+
+def at_layer(name, layer):
+    """The same tensor's name in another layer."""
+    return re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", name)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def opened(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def tensor_files(folder):
+    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        shards = {"model.safetensors"}
+    elif index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map (tensor name: file name)")
+        shards = set(weight_map.values())
+    else:
+        raise FileNotFoundError(f"{folder} holds no weights (model.safetensors, or shards and their index)")
+    files = {}
+    for shard in sorted(shards):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{index} names a shard outside the folder: {shard!r}")
+        if not (folder / shard).exists():
+            raise FileNotFoundError(f"{folder / shard} is missing (the index names it)")
+        with opened(folder / shard) as f:
+            files |= dict.fromkeys(f.keys(), folder / shard)
+    return files
+
+
+def locate(folder, config):
+    """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, their widest dtype).
+
+    Only the files' headers are read. Raises FileNotFoundError or ValueError where a tensor is missing, left over, torn,
+    or of another shape or dtype; and where config.json ties head and embedding, but the file holds two that differ."""
+    with torch.device("meta"):  # shapes without numbers
+        state = Transformer(config).state_dict()
+    files, wanted = tensor_files(folder), {}
+    for packed, t in state.items():
+        for i, (name, part) in enumerate(unpack(config, {packed: t})):
+            ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}
+            if ".experts." in packed:  # some writers keep a layer's experts in one tensor, as a module does
+                half = slice(i % 2 * len(part), (i % 2 + 1) * len(part))  # expert 0's gate, its up, expert 1's gate ...
+                ways[packed] = (t.shape, (i,) if packed.endswith("down_proj") else (i // 2, half))
+            there = next((way for way in ways if way in files), spelled(config, name))
+            wanted[name] = there, *ways[there]
+    shapes = {there: tuple(shape) for there, shape, _ in wanted.values()}
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some public folders
+    missing = sorted(shapes.keys() - files.keys())
+    extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith(spare))
+    for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise ValueError(f"{folder} {word} the tensor {names[0]}{more} (config.json and weights must agree)")
+    dtype = None
+    for path in sorted(set(files.values())):
+        with opened(path) as f:
+            for name in sorted(shapes.keys() & set(f.keys())):
+                kind, shape = f.get_slice(name).get_dtype(), tuple(f.get_slice(name).get_shape())
+                if shape != shapes[name] or kind not in DTYPES:
+                    right = f"config.json says {shapes[name]}; {', '.join(DTYPES)} are read"
+                    raise ValueError(f"{path}: {name} is {kind} of shape {shape} ({right})")
+                dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
+    if config.tie_word_embeddings and "lm_head.weight" in files:
+        both = ("lm_head.weight", "model.embed_tokens.weight")
+        if not torch.equal(*(t for _, t in read_tensors({name: (files[name], name, ()) for name in both}))):
+            raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
+                             "(tie_word_embeddings false keeps both)")  # fmt: skip
+    return {name: (files[there], there, index) for name, (there, _, index) in wanted.items()}, dtype
+
+
+def read_tensors(found):
+    """Yields (name, tensor) for entries of `locate`, one file after the other."""
+    for path in sorted({path for path, _, _ in found.values()}):
+        with opened(path) as f:
+            for name, (there, stored, index) in found.items():
+                if there == path:
+                    yield name, f.get_slice(stored)[index] if index else f.get_tensor(stored)
+
+
+def load(folder, dtype=torch.float32):
+    """The module in a checkpoint folder, with its weights as `dtype`, on the CPU.
+
+    Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says."""
+    config = read_config(folder)
+    check_whole(folder)
+    found, _ = locate(folder, config)
+    return assemble(config, pack(config, {name: t.to(dtype) for name, t in read_tensors(found)}))
+
+
+def assemble(config, state):
+    """The module of Config `config` whose weights are the tensors of the state dict, themselves and not copies."""
+    with torch.device("meta"):
+        module = Transformer(config)
+    module.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        module.lm_head.weight = module.model.embed_tokens.weight
+    return module
+
+
+def save(module, folder, tokenizer=None, state=None, step=None):
+    """Writes config.json, model.safetensors and, if given, the tokenizer into `folder`, each renamed into place.
+
+    state: the weights to write in the place of the module's own (a sharded module has only its part of them).
+    step: a number that goes into the metadata of model.safetensors."""
+    folder, config = Path(folder), module.config
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.state_dict() if state is None else state
+    tensors = {spelled(config, n): t.detach().cpu().contiguous() for n, t in unpack(config, state)}
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_json(folder / "config.json", public_config(config, next(iter(tensors.values())).dtype))
+    with replacing(folder / "model.safetensors") as beside:
+        save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
+
+
+BESIDES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+           "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+
+
+def besides(folder):
+    """What lies beside the weights in a folder and goes along with them: tokenizer, chat template, licence."""
+    return sorted({p for pattern in BESIDES for p in Path(folder).glob(pattern) if p.is_file()})
+
+
+# ---- lineage --------------------------------------------------------------------------------------------------------
+
+
+def read_lineage(folder, source_tokens=None):
+    """(name of the tokenizer or None, lineage) of a checkpoint folder, ours or a public one, from its run.json.
+
+    source_tokens: what a public source was trained on, if known. Raises ValueError for a torn folder."""
+    folder = Path(folder)
+    path = folder / "run.json"
+    if source_tokens is not None and not 0 <= source_tokens < math.inf:
+        raise ValueError(f"source_tokens is {source_tokens} (0 or more)")
+    tokens = None if source_tokens is None else int(source_tokens)
+    if not path.exists():
+        name, cached = folder.resolve().name, folder.resolve().parent  # the hub's: models--ORG--NAME/snapshots/HASH
+        if cached.name == "snapshots":
+            name = cached.parent.name.removeprefix("models--").replace("--", "/")
+        return None, [{"step": "source", "name": name, "tokens": tokens}]
+    check_whole(folder)
+    run = read_json(path)
+    lineage = run.get("lineage")
+    if not isinstance(lineage, list) or not lineage or not all(isinstance(s, dict) and "step" in s for s in lineage):
+        raise ValueError(f"{path} has no lineage (a list of steps)")
+    if tokens is not None:
+        if lineage[0]["step"] != "source":
+            why = f"{path} knows its own tokens (leave it out for our own)"
+            raise ValueError(f"source_tokens is {source_tokens}: {why}")
+        lineage[0]["tokens"] = tokens
+    return run.get("tokenizer"), lineage
+
+
+def last_settings(lineage):
+    """The settings of the last step of a lineage that read text, {} if none did."""
+    return ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]
+
+
+def read_trainer(folder):
+    """What trainer.pt holds: tensors, numbers, strings; nothing in it is run. Tensors stay on the disk until used."""
+    path = Path(folder) / "trainer.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist (a folder that train.py has saved to)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if state["format"] != 1:
+            raise ValueError(f"format {state['format']}")
+        return state
+    except Exception as error:  # torch.load raises many kinds for a torn or foreign file
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read: {first} (a trainer.pt written by train.py)") from None
+
+
+def check_whole(folder):
+    """Raises ValueError if a killed run left weights, run.json and trainer.pt of different steps in the folder."""
+    folder, steps = Path(folder), set()
+    if (folder / "run.json").exists() and "step" in (run := read_json(folder / "run.json")):
+        steps.add(str(run["step"]))
+        if (folder / "model.safetensors").exists():
+            with opened(folder / "model.safetensors") as f:
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))
+        if (folder / "trainer.pt").exists():
+            steps.add(str(read_trainer(folder)["step"]))
+    if len(steps) > 1:
+        raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")

@@ -1,0 +1,456 @@
+"""
+How a law is fitted to runs, which of its coefficients they determine, and how far off these may be.
+
+A law of training is a sum of power laws, e.g. Chinchilla's
+
+    L(N, D) = E + A N^-alpha + B D^-beta
+
+The logarithm of each term is linear in the coefficients, ln(A N^-alpha) = ln A + alpha (-ln N). So a form is a function
+of the runs' columns that lists its terms, each a prefactor and {exponent: what it is multiplied by}:
+
+    [("E", {}), ("A", {"alpha": -log(N)}), ("B", {"beta": -log(D)})]
+
+Prediction, gradient and fit follow from this list alone. The fit is that of Hoffmann et al. 2022, Appendix D.2: minimise
+
+    f = sum over runs of Huber(r),   r = ln(predicted L) - ln L
+
+from 4,500 starts on a grid. The best 300 go downhill together, fewer and fewer of them further and further, and the last
+4 are polished. f is a sum, not a mean: a mean is so small that optimisers stop early, which is how the published
+Chinchilla coefficients went wrong (Besiroglu et al. 2024).
+
+By hand: E = 1, A = B = 100, alpha = beta = 0.5, one run with N = D = 10^4. Each power law gives 100 / sqrt(10^4) = 1, so
+L = 1 + 1 + 1 = 3. Each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's share of
+L, and d ln L / d alpha is this share times -ln N, here -9.2 / 3. Now suppose that the run had L = 3.3. Then
+r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001, and Huber(r) = 0.001 (0.095 - 0.0005): the run pulls on the fit with
+the force 0.001, no more than a run that is off by 0.1 %.
+
+Two corrections make the intervals cover the truth about as often as they claim (experiments/coverage_laws.py): wider
+percentiles for few runs (`resample`), and the floor held at both ends of what is possible (`solve`). Coefficients that
+the runs do not determine are named, with the reason (`undetermined`). Predictions inside the fitted range are good even
+so: what one coefficient gets wrong another makes good.
+
+Left out: weights for runs, a likelihood for the noise.
+
+Try:
+1. Write a table of nine runs, N = 1e8, 2e8, 4e8 ... 2.56e10, D = 20 N, with L from `laws.py predict chinchilla`. Fit it.
+   Which coefficients are named?
+2. Write a law without a floor at the place for one in laws.py. Fit it and chinchilla to the same runs. Which predicts
+   the largest fifth better? (Hoffmann's 240 public runs: 2.1 % error against 1.3 %. What cannot flatten out promises
+   too much.)
+3. 
+"""
+
+import argparse
+import csv
+import difflib
+import inspect
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy import log
+from scipy.optimize import least_squares
+from scipy.special import fdtri, ndtr, stdtrit
+
+DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, argparse.ArgumentTypeError
+HUBER = 1e-3  # delta, on the log loss
+NOTHING = -500.0  # ln of a prefactor that is 0, near enough
+FAR = 600  # no theta goes further from 0, so that exp stays a number
+TIED = 0.01  # a column is tied if the others predict its logarithm to 1 % of its spread (runs end at whole steps)
+
+
+def columns(form):
+    """The columns of the run table that a law reads: the names of its arguments."""
+    return list(inspect.signature(form).parameters)
+
+
+def evaluate(form, coefficients, **at):
+    """The law's value (nats a token; tokens for `stacking`) at columns `at`, numbers or arrays of one shape."""
+    terms = form(**{name: np.asarray(at[name], float) for name in columns(form)})
+    theta = {"": 1.0, **coefficients}
+    with np.errstate(divide="ignore", over="ignore"):  # a prefactor of 0: ln 0 = -inf, and the term is 0
+        return sum(np.exp(log(theta[p]) + sum(theta[e] * f for e, f in powers.items())) for p, powers in terms)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The runs: any CSV with the form's columns and what is fitted, L.
+
+
+def number(text, least=1e-60):
+    """A float that people may write as 1e9 or 2_000_000, and a computer can multiply: from `least` to 1e60."""
+    if not least <= float(text) <= 1e60:
+        raise argparse.ArgumentTypeError(f"{text} (must be a finite number above 0)")
+    return float(text)
+
+
+def read_csv(path, needed):
+    """The rows of a CSV file with the columns `needed`, as dicts of text. ValueError says what is wrong with it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file (give a run table, e.g. from `runs.py table`)")
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            header, *rows = [r for r in csv.reader(file) if r] or [[]]
+        except csv.Error as wrong:
+            raise ValueError(f"{path} is not CSV: {wrong}") from None
+    if len(header) == 1 and needed[0] not in header and (mark := re.search("[;\t|]", header[0])):
+        raise ValueError(f"{path} has no column {needed[0]}: its header {header[0]!r} is separated by {mark[0]!r} (separate "
+                         "by commas, and write points for decimals)")
+    for i, r in enumerate(rows, 1):
+        if len(r) > len({*header}):
+            raise ValueError(f"{path}, row {i} has {len(r)} cells for the columns {', '.join(header)} (one each, and a "
+                             "point for decimals)")
+    for name in needed:
+        if not rows or name not in header:
+            near = f"nearest: {', '.join(difflib.get_close_matches(name.lower(), header, 3, 0)) if rows else 'it has no rows'}"
+            blank = [h for h in header if h.strip() == name]
+            why = f"its header has {blank[0]!r}: take the blanks out" if rows and blank else near
+            raise ValueError(f"{path} has no column {name} ({why})")
+    return [dict(itertools.zip_longest(header, r, fillvalue="")) for r in rows]
+
+
+def named(rows, i):
+    """A row as an error calls it: its number and, in a table of runs.py, its run."""
+    return f"row {i + 1}" + (f" ({rows[i]['run']})" if rows[i].get("run") else "")
+
+
+def read_table(path, form, target="L", blocks=None):
+    """A run table's columns as {name: array (n)}, and its block labels. ValueError names row, column and remedy."""
+    names, seen = [*columns(form), target], {}
+    rows = read_csv(path, names + [blocks] * (blocks is not None))
+    table, kinds = {name: np.zeros(len(rows)) for name in names}, []
+    for i, cells in enumerate(rows):
+        for name in names:
+            cell = cells[name].strip()
+            try:
+                table[name][i] = number(cell)
+            except DAMAGE:
+                comma = "a decimal comma: write a point" if re.fullmatch(r"\d+,\d+(e\d+)?", cell) else ""
+                remedy = comma or "a finite number above 0" if cell else "unknown: leave the row out"
+                raise ValueError(f"{path}, {named(rows, i)}, column {name}: {cell!r} ({remedy})") from None
+        if (first := seen.setdefault(tuple(table[name][i] for name in names), i)) < i:
+            pair = f"{named(rows, i)} repeats {named(rows, first)}"
+            raise ValueError(f"{path}: {pair} in {', '.join(names)} (leave one out)")
+        kinds.append(" ".join(f"{c} {cells.get(c) or 'none'}" for c in ("E", "K") if c not in names))
+        if kinds[i] != kinds[0]:  # a dense model and a mixture, or mixtures of another number of experts
+            pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
+            raise ValueError(f"{path}: {pair} (one law, one kind of model: leave rows out)")
+    return table, np.array([cells[blocks].strip() for cells in rows]) if blocks else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The fit. K terms, P coefficients, n runs, S fits side by side. theta (S, P) holds ln of a prefactor and an exponent as
+# it is, so that ln of term k of run i is theta @ X[k, :, i]. Coefficients that are not free keep the theta they have.
+
+
+def design(form, table):
+    """names (P), which of them are prefactors (P), and X (K, P, n): what each coefficient is multiplied by."""
+    terms, n = form(**{c: table[c] for c in columns(form)}), len(table[columns(form)[0]])
+    prefactors = [p for p, _ in terms if p]
+    names = list(dict.fromkeys(prefactors + [e for _, powers in terms for e in powers]))
+    X = np.zeros((len(terms), len(names), n))
+    for k, (prefactor, powers) in enumerate(terms):
+        for name, factor in (({prefactor: 1.0} if prefactor else {}) | powers).items():
+            X[k, names.index(name)] = factor
+    return names, np.isin(names, prefactors), X
+
+
+def huber(r):
+    """r^2 / 2 near 0, then delta (|r| - delta / 2): an outlier pulls with a force of delta, however far it lies."""
+    a = np.abs(r)
+    return np.where(a <= HUBER, 0.5 * r**2, HUBER * (a - 0.5 * HUBER))
+
+
+def residuals(theta, X, y):
+    """r = ln predicted - y (S, n), and each term's share (K, S, n) of the prediction: d r / d theta = shares @ X."""
+    Z = theta @ X  # (K, S, n): ln of each term
+    top = Z.max(0)  # the largest is taken out before exp, which would overflow at a far start
+    Z = np.exp(Z - top)
+    total = Z.sum(0)
+    return top + log(total) - y, Z / total
+
+
+def whiten(X, free):
+    """W (P, rank): in steps theta + W phi all directions matter alike. Directions that no run varies are left out."""
+    K, P, n = X.shape
+    _, s, V = np.linalg.svd(X[:, free].transpose(0, 2, 1).reshape(K * n, -1) / math.sqrt(n), full_matrices=False)
+    W = np.zeros((P, len(s)))
+    W[free] = (V / s[:, None]).T
+    return W[:, s > 1e-9 * s[0]]
+
+
+def descend(X, y, theta, free, steps, weights=1.0):
+    """Levenberg-Marquardt for S fits at once: theta (S, P) -> theta, objective f (S). weights: (S, n) or 1.
+
+    Each step solves (H + damping) d = -g. An outlier's weight h makes its square as strong as its Huber force.
+    """
+    W = whiten(X, free)
+    Q = W.T @ X
+    damping = np.full(len(theta), 1e-2)
+    r, share = residuals(theta, X, y)
+    f = (weights * huber(r)).sum(1)
+    for _ in range(steps):
+        J = np.einsum("ksn,kpn->spn", share, Q)  # d r / d phi
+        h = weights * np.minimum(1, HUBER / np.maximum(np.abs(r), 1e-300))
+        H, g = (J * h[:, None]) @ J.transpose(0, 2, 1), (J * h[:, None]) @ r[:, :, None]
+        d = np.einsum("spp->sp", H)
+        damp = damping[:, None] * d + 1e-10 * d.max(1, keepdims=True) + 1e-300
+        trial = theta - np.linalg.solve(H + damp[:, :, None] * np.eye(len(Q[0])), g)[:, :, 0] @ W.T
+        r2, share2 = residuals(trial, X, y)
+        f2 = (weights * huber(r2)).sum(1)
+        better = (f2 < f) & (np.abs(trial).max(1) < FAR)
+        theta, f = np.where(better[:, None], trial, theta), np.where(better, f2, f)
+        r, share = np.where(better[:, None], r2, r), np.where(better[:, None], share2, share)
+        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e9)
+    return theta, f
+
+
+def polish(X, y, theta, free):
+    """The last digits of one fit: theta (P) -> theta (P) and its objective, by SciPy's least squares."""
+    W = whiten(X, free)
+
+    def jacobian(phi):
+        share = residuals((theta + W @ phi)[None], X, y)[1][:, 0]  # (K, n)
+        return np.einsum("kn,kpn->np", share, W.T @ X)
+
+    found = least_squares(lambda phi: residuals((theta + W @ phi)[None], X, y)[0][0], np.zeros(W.shape[1]), jacobian,
+                          loss="huber", f_scale=HUBER, xtol=1e-15, ftol=1e-15, gtol=1e-15)
+    last = theta + W @ found.x
+    last = last if np.abs(last).max() < FAR else theta
+    return last, huber(residuals(last[None], X, y)[0]).sum()
+
+
+def hoffmann_grid(prefactor, E, X, size=4500):
+    """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents lie in 0 .. 2, with the sign that
+    makes the term fall, for a factor like ln N; for a larger one such as ln D1 ln D2 they are smaller. A random `size`
+    of the grid's points if it has more."""
+    axes = []
+    for j in range(len(prefactor)):
+        factor = X[:, j][X[:, j] != 0]
+        typical = factor.mean() if len(factor) and factor.mean() else 1.0
+        exponents = np.arange(0, 2.5, 0.5) * -np.sign(typical) * min(1, 20 / abs(typical))
+        axes.append(np.arange(-1, 1.5, 0.5) if j == E else np.arange(0, 30, 5.0) if prefactor[j] else exponents)
+    shape = [len(a) for a in axes]
+    every = math.prod(shape)
+    chosen = np.arange(every) if every <= size else np.random.default_rng(0).choice(every, size, replace=False)
+    return np.stack([a[i] for a, i in zip(axes, np.unravel_index(chosen, shape))], 1)
+
+
+def search(X, y, starts, free):
+    """Best theta (P) and objective: every start evaluated, then fewer and fewer of them taken further and further."""
+    chunk = max(1, 1_500_000 // X.shape[2])  # keeps the arrays of the first look small, however many runs there are
+    f = [descend(X, y, starts[i : i + chunk], free, 0)[1] for i in range(0, len(starts), chunk)]
+    theta = starts[np.argsort(np.concatenate(f))[:300]]
+    for steps, keep in ((5, 60), (10, 10), (20, 4)):
+        theta, f = descend(X, y, theta, free, steps)
+        theta = theta[np.argsort(f)[:keep]]
+    return min((polish(X, y, t, free) for t in theta), key=lambda result: result[1])
+
+
+def allowance(r, P, q=1):
+    """How much of the objective f chance alone explains: what remains below it is no evidence.
+
+    Hold q of the P coefficients at the truth and refit: f grows, by noise, and in 95 of 100 cases by less than
+
+        s / 2 q F(q, n - P),   s = mean psi(r)^2 / mean psi'(r) n / (n - P),   psi(r) = r clipped to +- delta
+
+    (Huber 1981; r: residuals (n) of the best fit, F: the F distribution's 95 % point). psi' is 1 for |r| < delta and 0
+    beyond, so its mean counts the runs that close to the curve: 2 delta times the density of r at 0. Too few lie there to
+    be counted if the noise is far above delta. So the density is read off the nearer half of the runs, |r| <= median,
+    where it is nearly flat. n / (n - P): the fit has bent towards the runs, their residuals are smaller than the noise.
+    """
+    n, half = len(r), max(HUBER, np.median(np.abs(r)))
+    curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
+    s = np.mean(np.clip(r, -HUBER, HUBER) ** 2) / curvature * n / (n - P)
+    return s / 2 * q * fdtri(q, n - P, 0.95)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The best fit, what it leaves open, and intervals.
+
+
+class Best(NamedTuple):
+    """A best fit. P coefficients, n runs, S floors that were tried."""
+
+    names: list  # P
+    prefactor: np.ndarray  # (P) bool
+    free: np.ndarray  # (P) bool: fitted, not fixed
+    X: np.ndarray  # (K, P, n)
+    y: np.ndarray  # (n) ln L
+    theta: np.ndarray  # (P)
+    f: float
+    E: int | None  # which coefficient is the floor, if it is free
+    slid: np.ndarray  # (S, P): the best fits with the floor held at S values from 0 up
+    possible: np.ndarray  # (S) bool: those that noise allows
+
+    def values(self, theta):
+        """The coefficients themselves for theta (..., P). A floor of a millionth of the lowest loss is none."""
+        value = np.where(self.prefactor, np.exp(np.where(self.prefactor, theta, 0)), theta)
+        floor = np.arange(len(self.names)) == self.E
+        return np.where(floor & (value < 1e-6 * np.exp(self.y.min())), 0, value)
+
+
+def solve(form, table, target="L", fixed=None, starts=None):
+    """The best fit, and the floors that noise leaves possible. ValueError for too few runs, or outside of the domain.
+
+    Power laws can imitate a constant: a floor of 0 with a small exponent may fit as well as the right floor. So the floor
+    is held at values from 0 to the lowest loss and the rest refitted. What costs less than the allowance is possible.
+    """
+    names, prefactor, X = design(form, table)
+    y, n, fixed = log(table[target]), X.shape[2], fixed or {}
+    free = np.array([name not in fixed for name in names])
+    if n <= free.sum():
+        fitted = ", ".join(np.array(names)[free])
+        raise ValueError(f"{n} runs for the {free.sum()} coefficients {fitted} (give at least {free.sum() + 1} runs)")
+    if not np.isfinite(X).all():
+        raise ValueError(f"a run's {', '.join(columns(form))} are outside the law's domain (log10 C must not be 0)")
+    constant = [p for p, powers in form(**{c: table[c] for c in columns(form)}) if not powers and p not in fixed]
+    E = names.index(constant[0]) if constant else None
+    starts = hoffmann_grid(prefactor, E, X) if starts is None else starts.copy()
+    for name, value in fixed.items():
+        j = names.index(name)
+        starts[:, j] = value if not prefactor[j] else log(value) if value else NOTHING
+    theta, f = search(X, y, starts, free)
+    slid, cost = theta[None], np.array([np.inf])
+    if E is not None:
+        slid = np.tile(theta, (51, 1))
+        slid[:, E] = log(np.append(1e-9, np.linspace(0.01, 0.99, 50))) + y.min()
+        slid, cost = descend(X, y, slid, free & (np.arange(len(names)) != E), 60)
+        if cost.min() < f:
+            theta, f = min((theta, f), polish(X, y, slid[cost.argmin()], free), key=lambda result: result[1])
+    r = residuals(theta[None], X, y)[0][0]
+    return Best(names, prefactor, free, X, y, theta, float(f), E, slid, cost - f <= allowance(r, free.sum()))
+
+
+def tied(form, table, names):
+    """{coefficient: reason} for those of `names` that multiply columns which the runs do not vary independently.
+
+    With D = 20 N both prices of Chinchilla's law are powers of N and can be swapped: each fit has a twin that is as good.
+    """
+    args, acts = {c: np.asarray(table[c], float) for c in columns(form)}, {}
+    for c in args:  # what depends on this column? Double it and see
+        for (p, powers), (_, moved) in zip(form(**args), form(**args | {c: 2 * args[c]})):
+            if any(e in names and np.any(powers[e] != moved[e]) for e in powers):
+                still = {e for e in powers if np.ptp(powers[e]) == 0}  # acts like a prefactor
+                acts.setdefault(c, set()).update({p, *still, *(e for e in powers if np.any(powers[e] != moved[e]))})
+    spread = {c: np.std(log(args[c])) for c in acts}
+    groups = {c: f"{c} is the same in all runs" for c in acts if spread[c] < TIED}
+    free = [c for c in acts if c not in groups]
+    if len(free) > 1:
+        Z = np.array([(log(args[c]) - log(args[c]).mean()) / spread[c] for c in free])
+        size, V = np.linalg.eigh(Z @ Z.T / Z.shape[1])  # a direction in which the runs do not spread is a relation
+        for v in V[:, size < TIED**2].T:
+            together = [c for c, weight in zip(free, v) if abs(weight) > 0.1]
+            groups |= dict.fromkeys(together, f"{', '.join(together)} are tied: one follows from the others")
+    return {name: why for c, why in groups.items() for name in names if name in acts[c]}
+
+
+def undetermined(form, table, best):
+    """{coefficient: reason} for those that the runs do not determine, whatever the noise was."""
+    names = [name for name, free in zip(best.names, best.free) if free]
+    r, share = residuals(best.theta[None], best.X, best.y)
+    why, P = {}, len(names)
+    if best.possible[0]:
+        why[best.names[best.E]] = "without it the law fits as well as noise allows"
+    flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant for all runs
+    if flat - best.f <= allowance(r[0], P, max(1, P - 1)):
+        why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
+    why = tied(form, table, names) | why
+    J = np.einsum("kn,kpn->np", share[:, 0], best.X[:, best.free])  # d r / d theta
+    J /= np.maximum(np.linalg.norm(J, axis=0), 1e-100)
+    _, s, V = np.linalg.svd(J)  # a change of theta along a V with s = 0 changes no prediction
+    for j in np.flatnonzero((np.abs(V[s < 1e-8]) > 1e-4).any(0)):
+        why.setdefault(names[j], "a change of it is made good exactly by others, or changes nothing")
+    return why
+
+
+def resample(best, times, blocks, seed):
+    """Refits to resampled runs: theta (times, P), then the same with the floor held at both ends of what is possible."""
+    G, rng, E = blocks.max() + 1, np.random.default_rng(seed), best.E
+    starts, held = best.theta[None], best.free & (np.arange(len(best.names)) != E)
+    if E is not None:  # a refit that starts at the best fit alone stays near its floor
+        starts = np.tile(starts, (5, 1))
+        starts[1:, E] = best.y.min() + log([0.02, 0.3, 0.6, 0.85])
+    ends = best.slid[best.possible][[0, -1]] if E is not None and best.possible[0] else []
+    refits = [[] for _ in range(1 + len(ends))]
+    for i in range(0, times, 100):
+        drawn = [np.bincount(rng.integers(0, G, G), minlength=G) for _ in range(min(100, times - i))]
+        w = np.array(drawn, float)[:, blocks]  # (S, n): how often each run counts
+        each = lambda theta, w=w: np.tile(theta, (len(w), 1))
+        tried = [descend(best.X, best.y, each(t), best.free, 12 if E is not None else 0, w) for t in starts]
+        first = np.argmin([f for _, f in tried], 0)
+        theta = np.array([t for t, _ in tried])[first, np.arange(len(w))]
+        refits[0].append(descend(best.X, best.y, theta, best.free, 100, w)[0])
+        for refit, end in zip(refits[1:], ends):
+            refit.append(descend(best.X, best.y, each(end), held, 100, w)[0])
+    return [np.concatenate(r) for r in refits]
+
+
+def bootstrap_intervals(best, times, blocks, seed):
+    """95 % intervals {coefficient: [low, high]}, the percentiles that give them, and the refits' values (times, P free).
+
+    The spread of refits to n runs drawn from the n runs is that of the coefficients, but for two things. It is too small
+    by sqrt((n - P) / n), and few runs need Student's t for 1.96 (Hesterberg 2015): so the percentiles are taken further
+    out. And if a floor of 0 is possible, a bootstrap around the best fit is far too sure of its floor: so the interval is
+    the union over both ends of the floors that are possible.
+    """
+    n, P = len(best.y), best.free.sum()
+    labels = np.arange(n) if blocks is None else np.unique(np.asarray(blocks).astype(str), return_inverse=True)[1]
+    G = int(labels.max()) + 1
+    if G < 3:
+        raise ValueError(f"{G} blocks to resample (at least 3)")
+    df = n - P if blocks is None else G - 1
+    tail = 100 * ndtr(-math.sqrt(G / df) * stdtrit(df, 0.975))
+    refits = [best.values(theta) for theta in resample(best, times, labels, seed)]
+    bounds = np.array([np.percentile(r, [tail, 100 - tail], axis=0) for r in refits])
+    low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
+    if len(refits) > 1:
+        low[best.E], high[best.E] = 0, max(high[best.E], best.values(best.slid[best.possible])[:, best.E].max())
+    ends = zip(best.names, low.tolist(), high.tolist(), best.free)
+    return {name: [a, b] for name, a, b, free in ends if free}, [tail, 100 - tail], refits[0][:, best.free]
+
+
+def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=None, seed=1):
+    """Fit a form to a run table.
+
+    table: {column: array (n)} with the form's columns and the target. fixed: {coefficient: value} that stay as they are
+    (a staged fit). simpler: values that turn the form into a simpler one, to compare. bootstrap: number of resamples (0:
+    no intervals). blocks: labels (n) of runs that belong together, e.g. one trunk's: they are drawn as one. Returns the
+    report that `laws.py fit --json` prints. ValueError if there are too few runs.
+    """
+    fixed, intervals, percentiles, refits, plain = fixed or {}, {}, None, np.zeros((0, 0)), {}
+    best = solve(form, table, target, fixed)
+    why = undetermined(form, table, best)
+    if bootstrap:
+        intervals, percentiles, refits = bootstrap_intervals(best, bootstrap, blocks, seed)
+        for name, (low, high) in intervals.items():
+            (near, far), wide = sorted((abs(low), abs(high))), 10 if best.prefactor[best.names.index(name)] else 4
+            if low <= 0 <= high or far > wide * near:
+                why.setdefault(name, f"its interval includes 0 or spans more than a factor of {wide}")
+    if simpler and not simpler.keys() & fixed.keys():
+        short, P = solve(form, table, target, fixed | simpler), best.free.sum()
+        chance = allowance(residuals(best.theta[None], best.X, best.y)[0][0], P, len(simpler))
+        plain = {"without": list(simpler), "objective": short.f, "needed": bool(short.f - best.f > chance),
+                 "held_out": held_out(form, table, target, fixed | simpler, short.slid)}
+    return {
+        "coefficients": dict(zip(best.names, best.values(best.theta).tolist())) | fixed, "fixed": list(fixed),
+        "intervals": intervals, "percentiles": percentiles, "undetermined": list(why), "why": why,
+        "objective": best.f, "runs": len(best.y), "simpler": plain,
+        "held_out": held_out(form, table, target, fixed, best.slid),
+        "fitted": {c: [float(np.min(table[c])), float(np.max(table[c]))] for c in columns(form)},
+        "refits": [[float(f"{v:.7g}") for v in refit] for refit in refits],  # in the order of `intervals`
+    }
+
+
+def held_out(form, table, target, fixed, starts):
+    """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others."""
+    order = np.argsort(sum(log(table[c]) for c in columns(form) if c != "G"), kind="stable")
+    small, large = ({c: v[part] for c, v in table.items()} for part in np.split(order, [-max(1, len(order) // 5)]))
+    try:
+        best = solve(form, small, target, fixed, starts)
+    except ValueError:  # too few runs left
+        return None
+    r = residuals(best.theta[None], design(form, large)[2], log(large[target]))[0]
+    return {"runs": r.size, "error": float(np.sqrt(np.mean(r**2)))}

@@ -1,0 +1,161 @@
+"""An operator makes a new model out of an old one: upcycling, stacking, widening.
+
+Every operator is a formula. It takes the name of one tensor of the new model. It returns the names of the old tensors
+which that tensor is made of, and a function of them. The formula that repeats the layers of a two-layer model is
+
+    def formula(name):
+        layer = place(name).layer                                # None outside the layers: copied as it is
+        return [name if layer is None else at_layer(name, layer % 2)], lambda old: old
+
+For "model.layers.3.mlp.up_proj.weight" it returns ["model.layers.1.mlp.up_proj.weight"] and the identity.
+
+Two functions follow a formula, and give the same bits. `apply_to_folder` goes from files to files, one tensor at a
+time: a model larger than memory goes through. `apply_to_module` goes from module to module, one block at a time: a
+trainer can shard each block before the next one is made. So an operator consists of its formula, its new configuration
+and its entry in the lineage. Both ways, the checks before any work and the atomic writing come for nothing.
+"""
+
+import functools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import spelled, unpack
+from model import Config, Transformer
+
+SHARD_SIZE = 5e9  # bytes
+
+
+class Operator(NamedTuple):
+    """What turns a model into another one. formula(name) -> ([names of the old model's tensors], function of them)."""
+
+    config: Config  # of the new model
+    formula: object  # the function gets tensors of the new model's dtype on the CPU, and returns one
+    entry: dict  # what run.json's lineage says of it
+    dtype: object  # dtype of the old weights -> the dtype in which the new ones are exact
+
+
+@torch.no_grad()
+def apply_to_module(module, operator, each=lambda block: None):
+    """The new module that `operator` makes of `module`, which stays as it is.
+
+    each(block) is called with every block as soon as it is whole and before the next is made: a trainer can shard it
+    there, so that no rank ever holds the whole new model."""
+    config, weight = operator.config, module.lm_head.weight
+    old, dtype = dict(unpack(module.config, module.state_dict())), operator.dtype(weight.dtype)
+    read = functools.lru_cache(maxsize=2)(lambda name: old[name].cpu().to(dtype))  # experts share their sources
+    with torch.device("meta"):
+        made = Transformer(config)
+
+    def fill(part, prefix):
+        state = {n: torch.empty(t.shape, dtype=dtype, device=weight.device) for n, t in part.state_dict().items()}
+        for name, view in unpack(config, {prefix + n: t for n, t in state.items()}):
+            names, function = operator.formula(name)
+            view.copy_(function(*map(read, names)))
+        part.load_state_dict(state, assign=True)
+
+    fill(made.model.embed_tokens, "model.embed_tokens.")
+    for i, block in enumerate(made.model.layers):
+        fill(block, f"model.layers.{i}.")
+        each(block)
+    fill(made.model.norm, "model.norm.")
+    if config.tie_word_embeddings:
+        made.lm_head.weight = made.model.embed_tokens.weight
+    else:
+        fill(made.lm_head, "lm_head.")
+    return made.train(module.training)
+
+
+def apply_to_folder(source, target, operator, source_tokens=None, shard_size=SHARD_SIZE):
+    """The new checkpoint folder `target` that `operator` makes of the folder `source`. Returns (dtype, bytes).
+
+    source_tokens: what a public source was trained on. Everything is checked before anything is written, and `target`
+    appears only when it is whole. Raises ValueError, FileNotFoundError, or OSError if writing fails."""
+    found, stored = checkpoint.locate(source, checkpoint.read_config(source))
+    tokenizer, lineage = checkpoint.read_lineage(source, source_tokens)
+    dtype = operator.dtype(stored)
+    one = lambda name: next(checkpoint.read_tensors({name: found[name]}))[1].to(dtype)
+    read = functools.lru_cache(maxsize=2)(one)  # experts share their sources
+
+    def made(name):
+        names, function = operator.formula(name)
+        return function(*map(read, names))
+
+    run = {"tokenizer": tokenizer, "lineage": [*lineage, operator.entry]}
+    return dtype, write_folder(source, target, operator.config, dtype, made, run, shard_size)
+
+
+def write_folder(source, target, config, dtype, made, run, shard_size=SHARD_SIZE):
+    """The end of an operator: the checkpoint folder `target`, a tensor at a time, renamed into place when whole.
+
+    made(name): the tensor of that name, of a model of Config `config`. Tensors are written as `dtype`, into files of at
+    most shard_size bytes (a larger tensor has its own). run: the contents of run.json, to which the counts are added.
+    What lies beside the weights in `source` comes along. Returns the bytes of tensors. Raises ValueError before
+    anything is written, OSError if writing fails."""
+    target = Path(target)
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+    if not shard_size >= 1:
+        raise ValueError(f"shard_size is {shard_size} (bytes, such as 5e9)")
+    with torch.device("meta"):
+        module = Transformer(config)
+    shards, size, total = [{}], 0, 0  # of each file {name: (shape, bytes)}
+    for name, t in unpack(config, module.state_dict()):
+        n = t.numel() * dtype.itemsize
+        if shards[-1] and size + n > shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = list(t.shape), n
+        size, total = size + n, total + n
+    copied = checkpoint.besides(source)
+    ground = next(p for p in target.absolute().parents if p.exists())
+    need, free = total + sum(p.stat().st_size for p in copied) + 2**20, shutil.disk_usage(ground).free
+    if need > free:
+        raise ValueError(f"{target} needs {need / 1e9:.2f} GB, and {ground} has {free / 1e9:.2f} GB free (make room)")
+    partial, index = target.with_name(f"{target.name}.partial-{os.getpid()}"), {}
+    partial.mkdir(parents=True)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+            for i, shard in enumerate(shards):
+                several = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+                file = several if len(shards) > 1 else "model.safetensors"
+                index |= dict.fromkeys((spelled(config, name) for name in shard), file)
+                write_shard(partial / file, config, shard, dtype, made, bar)
+        for path in copied:
+            shutil.copyfile(path, partial / path.name)
+        checkpoint.write_json(partial / "run.json", {**run, **module.num_parameters()})
+        if len(shards) > 1:
+            meta = {"total_size": total}
+            checkpoint.write_json(partial / "model.safetensors.index.json", {"metadata": meta, "weight_map": index})
+        checkpoint.write_json(partial / "config.json", checkpoint.public_config(config, dtype))
+        checkpoint.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return total
+
+
+def write_shard(path, config, shard, dtype, made, bar):
+    """A safetensors file, without ever holding it: the length of the header, the header, then each tensor's bytes."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    kind = {t: kind for kind, t in checkpoint.DTYPES.items()}[dtype]
+    for name, (shape, n) in shard.items():
+        header[spelled(config, name)] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + n]}
+        at += n
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for name, (shape, n) in shard.items():
+            t = made(name).to(dtype).contiguous()
+            assert list(t.shape) == shape, name
+            f.write(t.view(torch.uint8).numpy())
+            bar.update(n)
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,235 @@
+"""
+A scaling law put to use: how large a model a budget should train, when to grow, and what to do with a model one has.
+
+    python plan.py optimal LAW --flops 1e20 ... [--fit fit.json] [--json]
+    python plan.py optimal stacking --N 8e9 --D 15e12 [--json]
+    python plan.py budget --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
+
+optimal. Training costs about C = 6 N D FLOPs: N parameters, D tokens. So C buys many small or few large steps: any N, and
+D = C / (6 N). Along this line L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There one percent more of N
+saves as much as the one percent less of D that it costs:
+
+    alpha A N^-alpha = beta B D^-beta                                      (Hoffmann et al. 2022, Eq. 4)
+
+The other laws have other lines: what C buys stands in a law's row (`buys`, laws.py). `search` walks along any of them.
+
+By hand: A = B = 100, alpha = beta = 0.5. Then the equation says N = D, so N = D = sqrt(C / 6). For C = 6 10^8 this is
+10^4, and with E = 1 the loss is 3. Twice the parameters and half the tokens give 1 + 0.71 + 1.41 = 3.12 for the same C.
+
+budget. A dense model of N parameters has read D1 tokens, and C FLOPs are left. Four ways: train it on, make a mixture of
+experts from it (upcycle), stack its layers, or start a new mixture from scratch. Each way has a law of the upcycling
+paper (Liew et al. 2025, arXiv 2502.03009) and a price a token, which gives its tokens, D2 = C / price. The lowest loss
+wins. An upcycled mixture starts ahead, but
+
+    L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E
+
+learns more slowly in D2 the longer D1 was. So from some budget on, a mixture from scratch overtakes it: the crossing.
+
+Left out: what a FLOP costs in time (a mixture's are slower), the price of inference, laws whose papers print no numbers.
+
+Try:
+1. `python plan.py optimal chinchilla --flops 5.76e23`, then with --set hoffmann: how many tokens a parameter does each
+   ask for at Chinchilla's own budget? (18 and 59. Chinchilla was given 20: the published fit had missed its optimum.)
+2. `python plan.py budget --have-n 1e9 --have-d 1e11 --flops 1e21`, then --have-d 2e11, 3e11 ...: up to which D1 is there
+   a budget beyond which an MoE from scratch overtakes the upcycled one? (To 7.3e11; from 7.4e11 on: never.)
+3. `python plan.py optimal joint --flops 1e21 --E 1`, then with E = 2, 4 ... 32. Which way does the best model move with
+   more experts, and why? (From 5.7e9 to 2.9e9 active parameters. Experts replace width: the tokens are worth more.)
+"""
+
+import inspect
+import itertools
+import math
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while SciPy loads: no traceback
+
+import numpy as np
+from scipy.optimize import brentq
+
+from fitting import columns, evaluate, number
+from laws import LAWS, Parser, active, asked, band, chosen_model, law_flags, load_fit, outside, predict, published
+from laws import row, show, warn
+
+GROW = 4  # the stacking paper's growth factor
+
+
+def search(loss, at):
+    """Where loss(**columns) is lowest over what at(...), as a law's `buys` gives it, leaves free: at's answer there.
+
+    Looks at 33 places of each range, evenly on a log axis, then at 33 places of a quarter of it around the best, and so
+    on. That finds the lowest point of any law with one valley. ValueError if it lies at the end of a range.
+    """
+    free = {name: p.default for name, p in inspect.signature(at).parameters.items()}
+    ends = {name: np.log(values) for name, values in free.items() if len(values) == 2}
+    window, best = dict(ends), {}
+    for _ in range(18):
+        axes = {name: np.exp(np.linspace(*window[name], 33)) if name in ends else np.array(free[name]) for name in free}
+        places = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij")))
+        L = np.asarray(loss(**at(**places)))
+        if np.isnan(L).any() or not np.isfinite(L).any():
+            raise ValueError("no optimum: the law gives no numbers here (stay closer to the fitted runs)")
+        best = {name: float(place.flat[L.argmin()]) for name, place in places.items()}
+        for name, (low, high) in window.items():
+            middle, width = math.log(best[name]), (high - low) / 8
+            window[name] = np.clip([middle - width, middle + width], *ends[name])
+    for name, (low, high) in ends.items():
+        if not low + 1e-3 < math.log(best[name]) < high - 1e-3:
+            raise ValueError(f"no optimum for {name} between {math.exp(low):.3g} and {math.exp(high):.3g} (the best lies "
+                             f"at {best[name]:.3g}: give another budget, or fit runs that determine it)")
+    return at(**best)
+
+
+def optimal(model, *budget, **flags):
+    """The best way to spend a budget: {"N", "N_active", "N_total", "D", "G", "C", "L" ...} as far as the law has them.
+
+    model: laws.published() or a fit. The rest is what the law's row asks for: C in FLOPs, and e.g. experts or top_k.
+    stacking takes N and D of the target and gives {"d", "g"}: train a base of N / g parameters on d tokens, stack it g
+    times, train on (Du et al. 2024, Eq. 2). ValueError if there is no optimum.
+    """
+    the, name = row(model["law"], model["set"]), f"{model['law']} {model['set']}"
+    if the.buys is None:
+        others = [set for set, r in LAWS[model["law"]].items() if r.buys]
+        raise ValueError(f"no rule of allocation for {name} (sets of its law that have one: {', '.join(others) or 'none'})")
+    try:
+        best = search(lambda **place: evaluate(the.form, model["coefficients"], **place), the.buys(*budget, **flags))
+    except KeyError as column:
+        raise ValueError(f"no rule of allocation for {name}: its row in laws.py does not say how a budget buys {column}") from None
+    value = predict(model, **{c: best[c] for c in columns(the.form)})
+    if the.target == "d" and value >= best["D"]:
+        raise ValueError(f"the rule gives d = {value:.4g} tokens for the base, not below D = {best['D']:.4g}: out of its "
+                         f"range (fitted on 410M to 3B parameters; for N = {best['N']:.4g} take e.g. a tenth of D)")
+    asked_for = inspect.signature(the.buys).bind(*budget, **flags).arguments
+    return {**best, **({"C": asked_for["C"]} if "C" in asked_for else {}), the.target: value}
+
+
+def budget(N, D1, C, models=None, top_k=2):
+    """What to do with a dense model of N parameters, trained on D1 tokens, and C FLOPs more (6 N D, N_active for MoE)?
+
+    models: {set of upcycling: model}; published Table 2 if None. Ways of one answer come from one source, so with
+    `models` a way without its own is None. Returns {"ways": {name: L or None}, "best", "crossings", ...}. A crossing is
+    the smallest budget (that gives the MoE between 1e7 and 1e13 tokens D2) at which two ways swap places.
+    """
+    why = "no fit of its set was given (--fit can be repeated); published rows are not mixed with fits"
+    if models is None:
+        models = {set: published("upcycling", set) for set, r in LAWS["upcycling"].items() if r.coefficients}
+        why = "the stacking paper prints no coefficients of its loss L = a C^b; its rule says when, not how far"
+    moe = 6 * active(N, top_k)
+    every = {  # way: (set of its law, FLOPs a token, the law's arguments after D more tokens)
+        "train on": ("dense", 6 * N, lambda D: {"N": N, "D": D1 + D}),
+        "upcycle": ("upcycled", moe, lambda D: {"N": N, "D1": D1, "D2": D}),
+        "stack": ("stacked", 6 * GROW * N, lambda D: {"N": GROW * N, "D1": D1, "D2": D}),
+        "MoE from scratch": ("moe", moe, lambda D: {"N": N, "D": D}),
+    }
+    tokens = {way: C / price for way, (_, price, _) in every.items()}
+    known = {way: (models[set], at(tokens[way])) for way, (set, _, at) in every.items() if set in models}
+
+    def loss(way, C):
+        _, price, at = every[way]
+        return predict(known[way][0], **at(C / price))
+
+    budgets = moe * np.geomspace(1e7, 1e13, 601)
+    curves = {way: np.array([loss(way, C) for C in budgets]) for way in known}
+
+    def crossing(one, other):
+        gap = curves[one] - curves[other]
+        swaps = np.flatnonzero(np.sign(gap[:-1]) != np.sign(gap[1:]))
+        if not len(swaps):
+            return None
+        i = swaps[0]
+        flops = brentq(lambda C: loss(one, C) - loss(other, C), budgets[i], budgets[i + 1])
+        return {"flops": flops, "D2": flops / moe, "then": one if gap[i] > 0 else other}
+
+    ways = {way: loss(way, C) if way in known else None for way in every}
+    return {
+        "ways": ways,
+        "best": min(known, key=ways.get),
+        "crossings": {f"{one} = {other}": crossing(one, other) for one, other in itertools.combinations(known, 2)},
+        "why_null": {way: why for way in every if way not in known},
+        "tokens": tokens,
+        "outside": {way: outside(model, **at) for way, (model, at) in known.items()},
+        "intervals": {way: band(model, lambda m, at=at: predict(m, **at)) for way, (model, at) in known.items()},
+        "undetermined": {way: model.get("undetermined", []) for way, (model, _) in known.items()},
+        "curves": {way: curve.tolist() for way, curve in curves.items()} | {"flops": budgets.tolist()},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def run_optimal(args):
+    model = chosen_model(args)
+    the = row(args.law, model["set"])
+    flags = asked(args, the.buys) if the.buys else {}  # without it optimal() says so
+    try:
+        best = optimal(model, **flags)
+    except ValueError as wrong:
+        names = ", ".join(model.get("undetermined", []))
+        raise ValueError(f"{wrong}" + f" (the fit's runs do not determine {names})" * bool(names)) from None
+    ends = band(model, lambda m: list(optimal(m, **flags).values()))
+    bands = dict(zip(best, zip(*ends))) if ends else {}
+    bands = {name: list(pair) for name, pair in bands.items() if name not in flags and name not in ("C", "g")}
+    factors = outside(model, **{c: best[c] for c in columns(the.form)})
+    if args.json:
+        return best | {"intervals": bands, "outside": factors, "wrong": model.get("wrong", ""),
+                       "undetermined": model.get("undetermined", [])}
+    show([["", "best", "95 % interval"]] + [[name, float(v), bands.get(name) or ""] for name, v in best.items()])
+    warn(model, factors)
+
+
+def run_budget(args):
+    models = {} if args.fit else None
+    for path in args.fit or []:
+        report = load_fit(path)
+        if report["law"] != "upcycling" or report["set"] in models:
+            raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
+        models[report["set"]] = report
+    if args.top_k > args.experts:
+        raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
+    answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
+    answer["notes"] = [] if models else [LAWS["upcycling"]["upcycled"].wrong]
+    if not models and (args.experts, args.top_k) != (8, 2):
+        answer["notes"].append("the published rows are of 8 experts, top-2: others change FLOPs, not coefficients")
+    if args.plot:
+        import plots
+
+        plots.plot_budget(args.plot, answer, args)
+    del answer["curves"]
+    if args.json:
+        return answer
+    print(f"dense, {args.have_n:.3g} parameters, {args.have_d:.3g} tokens so far; {args.flops:.3g} FLOPs to spend\n")
+    show([["way", "new tokens", "L", "95 % interval", ""]] + [
+        [way, answer["tokens"][way], L, answer["intervals"].get(way) or "", "<- best" * (way == answer["best"])]
+        for way, L in answer["ways"].items()])
+    print()
+    for pair, x in answer["crossings"].items():
+        where = x and f"at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g}); beyond it {x['then']} is better"
+        print(f"{pair}: {where or 'never, up to D2 = 1e13'}")
+    for way, factors in answer["outside"].items():
+        warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
+    for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
+        print(f"! {note}")
+
+
+def main(argv=None):
+    parser = Parser("plan.py", "plan.py {optimal,budget} ... [--help]", __doc__, "laws and sets: laws.py --help")
+    sub = parser.command(run_optimal, "LAW [options]", "the best way to spend a budget")
+    law_flags(sub, [r.buys for rows in LAWS.values() for r in rows.values() if r.buys])
+
+    sub = parser.command(run_budget, "--have-n PARAMS --have-d TOKENS --flops C [options]",
+                         "train on, upcycle, stack, or start an MoE from scratch?", "the ways against the budget")
+    add = sub.add_argument_group("what you have").add_argument
+    add("--have-n", type=number, required=True, metavar="N", help="size of the dense model (required)")
+    add("--have-d", type=number, required=True, metavar="D1", help="its tokens so far (required)")
+    add("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
+    add = sub.add_argument_group("what it may become").add_argument
+    add("--experts", type=number, default=8, help="experts of the MoE (default: 8, the published fit)")
+    add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
+    add = sub.add_argument_group("coefficients").add_argument
+    add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
+    parser.answer(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The processes of a distributed run, and the signals that end it. One process alone is a run of one rank."""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+
+class Ranks:
+    """The processes of this run, and what they say to each other. torchrun starts them; a single one is rank 0 of 1."""
+
+    def __init__(self):
+        self.rank, self.local, self.world = (int(os.environ.get(n, d)) for n, d in
+                                             (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+        self.first = self.rank == 0
+        self.mesh = None  # of --fsdp
+
+    def join(self, device, fsdp):
+        """Takes this rank's device of the node, and waits for the other ranks. Returns the device."""
+        if device.type == "cuda":
+            torch.cuda.set_device(self.local)
+            device = torch.device("cuda", self.local)
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
+        self.mesh = init_device_mesh(device.type, (self.world,)) if fsdp else None
+        return device
+
+    def say(self, text):
+        if self.first:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def sum(self, t):
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def mean(self, t):
+        return self.sum(t) / self.world
+
+    def largest(self, number):
+        number = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)  # over gloo: no accelerator waits for it
+        return int(number)
+
+    def agree(self, value):
+        """The first value that is not None, in the order of the ranks; it is the same on all."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def shard(self, part):
+        if self.mesh and not isinstance(part, FSDPModule):
+            fully_shard(part, mesh=self.mesh)
+
+    def whole(self, t):
+        """A tensor on the CPU of the first rank, None on the others. All take part: a shard is only a part of it."""
+        t = t.full_tensor() if isinstance(t, DTensor) else t
+        return t.detach().cpu() if self.first else None
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: noted at once, obeyed between two steps. `number` is that of the first one, or 0."""
+
+    def __init__(self):
+        self.number = 0
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        if self.number:  # a second one does not wait
+            raise KeyboardInterrupt
+        self.number = number
+
+    def restore(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,353 @@
+"""
+A run's folder as a table: what the trainer writes, and what the laws read.
+
+    python runs.py table out/*/ [--corpus python] [--seeds] > runs.csv
+    python runs.py compare out/scratch out/stacked [--plot loss.png] [--json]
+
+train.py writes two tables into a run's folder: log.csv, a row a logged step, and eval.csv, a row an evaluation.
+run.json says where the run came from. `read_run` puts them together. `table` makes one row of each run, for laws.py:
+
+    L   loss at the end            D   tokens in the whole lineage             flops        of this run
+    N   size, see the README       D1  before the last upcycling or growth     flops_total  with its ancestors
+    E K G  of a mixture            D2  after it                                seed
+
+What is unknown stays empty: nothing is guessed. An unfinished run is left out and named. `compare` asks how many FLOPs
+two runs need to the same loss, those of their ancestors included: a grown model has to pay for the small one.
+"""
+
+import argparse
+import csv
+import json
+
+import os
+import signal
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
+from checkpoint import read_json, replacing
+from model import Parser
+
+DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, argparse.ArgumentTypeError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the trainer writes.
+
+
+def open_table(path, columns, step):
+    """Makes a CSV with these columns, or cuts one back to the rows up to `step`: a resumed run writes them again."""
+    rows = []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+    with replacing(path) as beside, open(beside, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def add_row(path, columns, row):
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerow([row[c] for c in columns])
+
+
+def summarise(out, rulers, losses, bits, load, sample):
+    """The end of a run on one screen: the loss against the n-gram ruler, the plot, the sample, what to do next.
+
+    rulers {corpus: its 1-, 2-, 3-gram losses}, losses {corpus: nats a token}, bits {corpus: bits a byte}, load (layers,
+    experts) tokens of the last step or None, sample: text.
+    """
+    print("\nvalidation loss            nats/token  bits/byte     1-gram  2-gram  3-gram counts of its training text")
+    for name, ruler in rulers.items():
+        better = [n for n in (1, 2, 3) if losses[name] < ruler[n - 1]]
+        verdict = f"below {better[-1]}-gram counts" if better else "above all of them: hardly trained"
+        grams = "  ".join(f"{r:.4f}" for r in ruler)
+        print(f"  {name:<24} {losses[name]:>10.4f} {bits[name]:>10.4f}     {grams}  {verdict}")
+    if load is not None:
+        print("\nload of each expert in the last step, a row a layer ('.' none, 5 an even share, 9 about twice it)")
+        for i, row in enumerate((load / load.mean(-1, keepdim=True)).tolist()):
+            print(f"  layer {i:>2}  " + "".join("." if v == 0 else str(min(9, max(1, round(5 * v)))) for v in row))
+    plot(out, rulers)
+    print(f"\n{sample}")
+    print(f"written: {out}/  (model.safetensors, run.json, log.csv, eval.csv, samples.txt, loss.png)\nnext:")
+    print(f'  python model.py {out} --prompt "def "')
+    if load is None:
+        print(f"  python train.py --init {out} --upcycle 8x2   # a mixture of experts from it")
+    print(f"  python train.py --init {out} --stack 2       # a deeper model from it")
+    if "cpp" not in rulers:
+        print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
+
+
+def plot(out, rulers):
+    """loss.png: validation loss over tokens, the n-gram losses as lines across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(out / "eval.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    tokens = [float(r["tokens"]) for r in rows]
+    plain = {"parse_math": False}  # a name may have a $ in it
+    for i, (name, ruler) in enumerate(rulers.items()):
+        axes.plot(tokens, [float(r[f"{name}_loss"]) for r in rows], "o-", color=f"C{i}", markersize=3, label=name)
+        for n, level in enumerate(ruler, 1):
+            axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
+            x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
+            axes.text(x, level, f"{name} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom", **plain)
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token")
+    axes.set_title(str(out), **plain)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+    figure.savefig(out / "loss.png", dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the laws read.
+
+
+def number(text, least=1e-60):
+    """A float that people may write as 1e9 or 2_000_000, from `least` to 1e60."""
+    if not least <= float(text) <= 1e60:
+        raise argparse.ArgumentTypeError(f"{text} (must be a finite number above 0)")
+    return float(text)
+
+
+def whole(text):
+    if number(text) != int(number(text)) or number(text) > 1e9:
+        raise argparse.ArgumentTypeError(f"{text} (must be a whole number, 1 to 1e9)")
+    return int(number(text))
+
+
+def read_evals(path):
+    """eval.csv as {column: its cells (n)}, n at least 1. ValueError if rows and header do not match."""
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = [r for r in csv.reader(file) if r] or [[]]
+    for i, r in enumerate(rows, 1):
+        if len(r) != len({*header}):
+            raise ValueError(f"eval.csv, row {i} has {len(r)} cells for the columns {', '.join(header)} (one each)")
+    return dict(zip(header, zip(*rows)))
+
+
+def numbers(evals, name, least=1e-60):
+    """The numbers of one column (n) of eval.csv. ValueError names the column or the row."""
+    if name not in evals:
+        raise ValueError(f"eval.csv has no column {name} with a row in it (columns: {', '.join(evals) or 'none'})")
+    values = []
+    for i, cell in enumerate(evals[name], 1):
+        try:
+            values.append(number(cell, least))
+        except DAMAGE:
+            raise ValueError(f"eval.csv, row {i}, column {name}: {cell!r} (a finite number above 0)") from None
+    return values
+
+
+def total(steps, what):
+    """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
+    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # learning to grow spends too
+    return None if None in values else sum(number(v, least=0) for v in values)
+
+
+def share_done(last, N_active):
+    """How much of a training is done, 0 to 1, by its settings; 1 if they do not say, and at a constant rate, where the
+    loss at any step is that of a shorter run (elsewhere it is higher until the rate has come down)."""
+    settings, tokens = last.get("settings") or {}, last["tokens"]
+    spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
+    shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
+    if not shares or settings.get("schedule") == "constant":
+        return 1.0
+    half_step = settings.get("batch_tokens", 0) / 2 / max(tokens, 1)  # a run ends at the whole step nearest to its plan
+    return 1.0 if shares[0] * (1 + half_step) >= 1 else shares[0]
+
+
+def read_run(folder, corpus=None, smooth=1):
+    """One run folder as {column: value}, with its evaluations under "curve": [(FLOPs with ancestors, L)].
+
+    L is the mean of the last `smooth` evaluations on `corpus` (default: the heaviest of the last training), the counts
+    are those of the last one. FileNotFoundError if there is nothing to read, ValueError if it makes no sense.
+    """
+    about, config, evals = (Path(folder, name) for name in ("run.json", "config.json", "eval.csv"))
+    for file in (about, config, evals):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {file.name} (give a folder that train.py wrote)")
+    try:
+        about, config, evals = read_json(about), read_json(config), read_evals(evals)
+        weights = {name: number(data["weight"], least=0) for name, data in about["lineage"][-1]["data"].items()}
+        corpora = [name.removesuffix("_loss") for name in evals if name.endswith("_loss")]
+        corpus = corpus or max(corpora, key=lambda name: weights.get(name, -1), default=None)
+        tokens, flops = numbers(evals, "tokens", least=0), numbers(evals, "flops", least=0)
+        L = numbers(evals, f"{corpus}_loss")
+        *before, last = about["lineage"]
+        if last["step"] != "train":
+            raise ValueError(f"its last step is {last['step']!r}")
+        lineage = [*before, {**last, "tokens": tokens[-1], "flops": flops[-1]}]  # as far as the last evaluation
+        cut = max((i for i, s in enumerate(lineage) if s["step"] in ("upcycle", "grow")), default=None)
+        D1, D2 = (None, None) if cut is None else (total(part, "tokens") for part in (lineage[:cut], lineage[cut:]))
+        experts, G = config.get("num_local_experts") or config.get("num_experts"), config.get("granularity", 1)
+        E, K, G = (experts / G, config["num_experts_per_tok"] / G, G) if experts else (None, None, None)
+        counts = {name: about.get(name) for name in ("N", "N_active", "N_total")}
+        C, _ = total(before, "flops"), [number(n or 1) for n in counts.values()]  # refuses what is no number
+        return {
+            "run": str(folder), "corpus": corpus, "L": fmean(L[-smooth:]), **counts, "E": E, "K": K, "G": G,
+            "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
+            "flops_total": total(lineage, "flops"), "lineage": about["lineage"], "config": config,
+            "done": share_done(lineage[-1], counts["N_active"]),
+            "curve": [(None if C is None else C + spent, loss) for spent, loss in zip(flops, L)],
+        }
+    except (csv.Error, *DAMAGE) as wrong:
+        raise ValueError(f"{folder} is damaged or no run of train.py: {type(wrong).__name__}, {wrong}") from None
+
+
+def merge_seeds(runs):
+    """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves".
+    ValueError if two of them have the seeds in common, too: nothing about chance is learnt from the same run twice."""
+    unlike, groups, merged = ("seed", "out", "init", "branch", "overwrite", "resume"), {}, []
+    for run in runs:
+        key = json.dumps([run[k] for k in ("lineage", "config", "corpus", "N_total", "D")] + [len(run["curve"])])
+        key = json.loads(key, object_hook=lambda d: {k: d[k] for k in sorted(d) if k not in unlike})
+        group, seeds = groups.setdefault(str(key), {}), str([step.get("seed") for step in run["lineage"]])
+        if seeds in group:
+            raise ValueError(f"{group[seeds]['run']} and {run['run']} have the same seed {run['seed']} (leave one out)")
+        group[seeds] = run
+    for group in groups.values():
+        group = [*group.values()]
+        curves, losses = [run["curve"] for run in group], [run["L"] for run in group]
+        merged.append({**group[0], "L": fmean(losses), "runs": len(group), "curves": curves,
+                       "L_sd": stdev(losses) if len(group) > 1 else None,
+                       "seed": " ".join(str(run["seed"]) for run in group),
+                       "curve": [(at[0][0], fmean(loss for _, loss in at)) for at in zip(*curves)]})
+    return merged
+
+
+def flops_to_reach(run, target):
+    """FLOPs at which a run first reaches the loss `target`, straight in ln C between evaluations, or ValueError."""
+    curve = run["curve"]
+    for (c0, l0), (c1, l1) in zip([curve[0], *curve], curve):
+        if l1 <= target and c1 > 0:
+            return c1 if c0 <= 0 or l0 <= target else c0 * (c1 / c0) ** ((l0 - target) / (l0 - l1))
+    lowest = min(loss for _, loss in curve)
+    raise ValueError(f"{run['run']} does not train down to a loss of {target:g} (lowest: {lowest:.4f})")
+
+
+def compare(runs, target=None):
+    """The first run against each other one: target_loss, flops_baseline, flops_run and the stacking paper's speedup.
+
+    The target is the higher of the two best losses unless given, so that both reach it. The speed-up is C_scratch /
+    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. A run and its own ancestor meet where
+    the later one begins, whatever it is worth: their pair is marked "ancestor" (compare with a run from scratch).
+    ValueError if FLOPs are unknown or the losses are those of different texts.
+    """
+    first, pairs = runs[0], []
+    for run in runs:
+        if run["flops_total"] is None:
+            raise ValueError(f"{run['run']} has an ancestor of unknown FLOPs (compare runs trained from scratch)")
+        if run["corpus"] != first["corpus"]:
+            raise ValueError(f"{first['run']} has its loss on {first['corpus']}, {run['run']} on {run['corpus']} "
+                             "(choose one with --corpus)")
+    for run in runs[1:]:
+        goal = target or max(min(loss for _, loss in r["curve"]) for r in (first, run))
+        scratch, grown = flops_to_reach(first, goal), flops_to_reach(run, goal)
+        short, long = sorted((first["lineage"], run["lineage"]), key=len)
+        pairs.append({"baseline": first["run"], "run": run["run"], "target_loss": goal, "flops_baseline": scratch,
+                      "flops_run": grown, "speedup": scratch / grown - 1,
+                      "ancestor": short != long and short == long[: len(short)]})
+    return pairs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def run_table(args):
+    found = {}  # with the snapshots and branches below a folder, each once
+    for folder in map(Path, args.runs):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
+        found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
+    runs, skipped = [], []
+    for folder in found.values():
+        if not (folder / "eval.csv").is_file():  # e.g. upcycled and not trained since
+            skipped.append(f"{folder} has no eval.csv")
+        elif (run := read_run(folder, args.corpus, args.smooth or 1))["done"] < 1:
+            skipped.append(f"{folder} is left out: {100 * run['done']:.3g} % of its run")
+        else:
+            runs.append(run)
+    if not runs:
+        why = "; ".join(skipped) or "a run has run.json and eval.csv"
+        raise FileNotFoundError(f"no finished run below {' '.join(args.runs)} ({why})")
+    runs = merge_seeds(runs) if args.seeds else runs
+    names = "run L N N_active N_total E K G D D1 D2 seed flops flops_total corpus".split()
+    names += ["L_sd", "runs"] if args.seeds else []
+    rows = [{name: run[name] for name in names} for run in runs]
+    if args.json:
+        return {"runs": rows, "skipped": skipped}
+    writer = csv.DictWriter(sys.stdout, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)  # None is written as nothing
+    corpora = sorted({run["corpus"] for run in runs})
+    several = " (these do not compare: choose one with --corpus)" if len(corpora) > 1 else ""
+    print(*[f"L is the loss on {', '.join(corpora)}{several}", *skipped], sep="\n", file=sys.stderr)
+
+
+def run_compare(args):
+    if args.plot is not None:
+        where = Path(args.plot)
+        if where.suffix not in (".png", ".pdf", ".svg") or where.is_dir() or not where.parent.is_dir():
+            raise ValueError(f"--plot {where} (give a .png, .pdf or .svg in a folder that exists)")
+    runs = [read_run(folder, args.corpus) for folder in args.runs]
+    runs = merge_seeds(runs) if args.seeds else runs
+    if len(runs) < 2:
+        raise ValueError(f"{len(runs)} run to compare (give a baseline and at least one other)")
+    pairs = compare(runs, args.target)
+    if args.plot:
+        import plots
+
+        plots.plot_compare(args.plot, runs, pairs)
+    if args.json:
+        return pairs[0] | {"pairs": pairs}
+    print(f"baseline {runs[0]['run']}, loss on {runs[0]['corpus']}, FLOPs with ancestors\n")
+    width = max(len(p["run"]) for p in pairs)
+    print(f"{'run':{width}}  target loss  FLOPs baseline  FLOPs run  speed-up")
+    for p in pairs:
+        print(f"{p['run']:{width}}  {p['target_loss']:<11.4g}  {p['flops_baseline']:<14.4g}  {p['flops_run']:<9.4g}  "
+              f"{100 * p['speedup']:+.1f} %")
+    for p in pairs:
+        if p["ancestor"]:
+            print(f"! {p['baseline']} and {p['run']}: one goes on from the other, so they meet where it begins "
+                  "(for a speed-up give a run from scratch)")
+
+
+def main(argv=None):
+    lines = "\n".join(line.strip() for line in __doc__.splitlines() if line.startswith("    python"))
+    parser = Parser("runs.py", "runs.py {table,compare} RUN ... [options]", lines, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=("table", "compare"), help="finished runs, and those below them, to one CSV; or FLOPs to equal "
+        "loss, ancestors included, of the first run against the others")
+    add("runs", nargs="+", metavar="RUN", help="folder written by train.py")
+    add("--json", action="store_true", help="one JSON object, for programs (default: off)")
+    add("--corpus", metavar="NAME", help="whose loss (default: the heaviest of the last training)")
+    add("--seeds", action="store_true", help="average runs that differ only in seed (default: off)")
+    add("--smooth", type=whole, help="table: evaluations averaged at the end (default: 1)")
+    add("--target", type=number, metavar="L", help="compare: nats a token (default: the higher best)")
+    add("--plot", metavar="FILE", help="compare: draw losses to a .png, .pdf or .svg (default: no plot)")
+    args = parser.parse_args(argv)
+    try:
+        for name, command in (("smooth", "table"), ("target", "compare"), ("plot", "compare")):
+            if getattr(args, name) is not None and args.command != command:
+                raise ValueError(f"{args.command} --{name} (a flag of {command})")
+        answer = (run_table if args.command == "table" else run_compare)(args)  # prints; with --json it only returns
+        if args.json:
+            print(json.dumps(answer, allow_nan=False))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os._exit(0)
+    except (ValueError, OSError) as wrong:
+        parser.error(" ".join(str(wrong)[:1000].split()))
+
+
+if __name__ == "__main__":
+    main()

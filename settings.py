@@ -1,0 +1,409 @@
+"""What a run is: the flags of train.py, and what each setting comes from.
+
+A run starts in one of four ways. It can be new, start from a checkpoint (--init), leave a trunk (--branch), or go on
+after an interruption (--resume). For each way this table says where everything comes from:
+
+                        new          --init               --branch            --resume
+    weights             drawn        the folder's         the folder's        the run's
+    optimizer           zeros        zeros                the folder's        the run's
+    step, clock         0            0                    0                   the run's
+    place in the text   beginning    where the lineage stopped                the run's
+    settings            the table `FROM` below, a row for each group of flags
+
+`settle` follows the table. It opens configurations and headers, never weights, so that every mistake is found before
+any work starts. It checks the flags against each other, then the folders that they name, and at the end the settings as
+they were settled: what is inherited can be as wrong as what is typed. What it returns, a `Start`, is new; the parsed
+flags stay as they were given. train.py builds from it.
+
+A setting that an older folder does not know takes its default. So a new flag needs a line in `get_parser`, and a word
+in `FROM` which says where a child gets it from.
+"""
+
+import argparse
+import math
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import data
+import grow
+import model
+import upcycle
+from checkpoint import last_settings, locate, read_config, read_lineage, read_trainer
+from tokenizer import load_tokenizer
+
+KINDS = ("new", "init", "branch", "resume")
+SHAPE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "qk_norm", "tie_word_embeddings", "rope_theta", "experts", "top_k", "granularity", "router",
+)  # fmt: skip
+FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
+    # flag: given, or its default      parent: the parent's, and a flag that says otherwise is an error
+    # folder: from config.json         either: given, or else the parent's
+    SHAPE: ("flag", "folder", "folder", "parent"),
+    ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
+    ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "balance_coef",
+     "z_coef", "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),
+    ("tokens", "flops", "tokens_per_param", "min_lr"): ("flag", "flag", "flag", "parent"),
+    ("init", "branch", "source_tokens", "upcycle", "stack", "mask_steps"): ("flag", "flag", "flag", "parent"),
+    ("eval_tokens", "save_at"): ("flag", "flag", "flag", "parent"),
+    ("dtype",): ("flag", "flag", "either", "parent"),
+    ("micro_batch",): ("flag", "flag", "either", "either"),
+    ("log_every", "eval_every", "save_every"): ("flag", "flag", "flag", "either"),
+    ("out", "device", "compile", "fsdp"): ("flag", "flag", "flag", "flag"),
+}  # fmt: skip
+MIXTURE = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", "z_coef")  # no use to a dense model
+
+
+class Start(NamedTuple):
+    """What a run begins with. `settings` has an attribute for each flag, all settled but what depends on the device."""
+
+    kind: str  # of KINDS
+    settings: SimpleNamespace
+    config: model.Config
+    tokenizer: object
+    lineage: list  # the steps before this run; of a resumed run its own is the last
+    state: dict | None  # trainer.pt of the resumed run, or of the trunk
+    operators: list  # applied to the checkpoint of --init, one after the other
+
+
+# ---- the flags ------------------------------------------------------------------------------------------------------
+
+
+def number(text):
+    """A count as people write it: 1e6, 2_000_000, 0."""
+    value = float(text)
+    if value != int(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a count (a whole number, as in 4096, 1e6 or 2_000_000)")
+    return int(value)
+
+
+def positive(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is out of range (0 or more)")
+    return value
+
+
+def counts(text):
+    return [number(part) for part in text.split(",")]
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """One line a flag, with its unit; a default that the help line does not say is added."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {number: "N", positive: "X"}.get(action.type, "NAME")
+
+    def _get_help_string(self, action):
+        silent = "default:" in action.help or action.default in (None, argparse.SUPPRESS) or action.const is True
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
+def get_parser(commands=""):
+    """The parser of train.py. commands: the text that its help opens with."""
+    usage = "train.py [--out FOLDER] [--tokens N] [--data SPEC] [shape, optimisation, machine flags: see --help]"
+    parser = model.Parser("train.py", usage, commands, allow_abbrev=False, formatter_class=Help)
+    c, switch = model.Config, argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of the run (default: the next free out/run-N)")
+    add("--overwrite", action="store_true", help="delete the run that --out holds, and start anew")
+    add("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
+    add("--init", metavar="FOLDER", help="start from this checkpoint's weights (or a public model's, ORG/NAME)")
+    add("--branch", metavar="FOLDER", help="go on from this run or snapshot, optimizer included, and only decay")
+    add("--source-tokens", type=number, help="tokens that the public checkpoint of --init has seen (default: unknown)")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="corpora, [name=]source[:weight],...: see data.py (default: python, or the parent's)")
+    add("--tokenizer", help="bytes, a tiktoken name, a rank file or a tokenizer.json (default: bytes, or the parent's)")
+    add("--context", type=number, help="tokens in a window (default: 256, or the parent's)")
+    add("--batch-tokens", type=number, default=4096, help="tokens of one step over all ranks")
+    add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
+
+    add = parser.add_argument_group("horizon: one of").add_argument
+    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 3e6)")
+    add("--flops", type=positive, help="training FLOPs to spend")
+    add("--tokens-per-param", type=positive, help="tokens a parameter of N_active")
+
+    add = parser.add_argument_group("shape (of a new model)").add_argument
+    add("--hidden-size", type=number, default=c.hidden_size, help="width of the residual stream")
+    add("--intermediate-size", type=number, help="width of the MLP or of a full expert (default: 3 x hidden size)")
+    add("--num-hidden-layers", type=number, default=c.num_hidden_layers, help="blocks")
+    add("--num-attention-heads", type=number, help="query heads (default: hidden size / 64, at least 4)")
+    add("--num-key-value-heads", type=number, help="key and value heads; fewer: grouped queries (default: heads)")
+    add("--head-dim", type=number, help="width of a head, even (default: hidden size / heads)")
+    add("--qk-norm", action=switch, default=c.qk_norm, help="norm of queries and keys")
+    add("--tie-word-embeddings", action=switch, default=c.tie_word_embeddings, help="one matrix as embedding and head")
+    add("--rope-theta", type=positive, default=c.rope_theta, help="base of the rotary frequencies")
+    add("--experts", type=number, default=c.experts, help="full-width experts, E; 0 is a dense model")
+    add("--top-k", type=number, default=c.top_k, help="full-width experts a token")
+    add("--granularity", type=number, default=c.granularity, help="experts that a full one is split into, G")
+    add("--router", choices=model.moe.ROUTERS, default=c.router, help="order of softmax and top-k")
+    add("--capacity-factor", type=positive, help="even shares of tokens that an expert takes (default: drop nothing)")
+
+    add = parser.add_argument_group("reuse (of the checkpoint of --init, in memory on every rank)").add_argument
+    add("--upcycle", metavar="ExK", help="make its MLPs experts, as in 8x2: see upcycle.py (default: leave it dense)")
+    add("--stack", type=number, help="repeat its layers so many times: see grow.py (default: leave them)")
+    add("--mask-steps", type=number, metavar="STEPS", help="open the mask of grow.py's random in so many steps")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=positive, default=3e-3, help="highest learning rate")
+    add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
+    add("--warmup", type=number, help="steps of linear warmup (default: 2%% of the run)")
+    schedules = ("cosine", "wsd", "constant")
+    add("--schedule", choices=schedules, default="wsd", help="of the rate; wsd is constant, then linear decay")
+    add("--decay-fraction", type=positive, default=0.25, help="share of the run in which wsd decays")
+    add("--weight-decay", type=positive, default=0.1, help="of matrices, a step and unit of rate")
+    add("--grad-clip", type=positive, default=1.0, help="largest norm of the gradient; 0 does not clip")
+    add("--balance-coef", type=positive, default=c.balance_coef, help="weight of the MoE balancing loss")
+    add("--z-coef", type=positive, default=0.001, help="weight of the MoE router's z-loss")
+    add("--seed", type=number, default=1, help="of new weights, and of the text's order in a lineage's first run")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="auto", help="of the products; auto is bfloat16 where it is fast")
+    add("--compile", action=switch, help="torch.compile each block (default: on CUDA only)")
+    add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer over the ranks")
+
+    add = parser.add_argument_group("rhythm").add_argument
+    add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
+    add("--eval-every", type=number, help="steps between evaluations (default: a tenth of the run)")
+    add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
+    add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
+    add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
+    return parser
+
+
+def read_flags(parser, argv):
+    """argv -> (args with every default, the dict of what was really given)."""
+    args = parser.parse_args(argv)  # and once more, without defaults, to learn what was given
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    return args, {k: v for k, v in given.items() if v is not None}
+
+
+# ---- what comes from where ------------------------------------------------------------------------------------------
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def settle(args, given, world):
+    """Flags and the folders they name -> Start. world: number of ranks. Raises ValueError or FileNotFoundError."""
+    kind = next((k for k in ("resume", "branch", "init") if getattr(args, k)), "new")
+    check_flags(kind, args, given)
+    folder, config, lineage, state, operators = None, None, [], None, []
+    if kind == "resume":
+        folder, state = args.out, read_trainer(args.out)
+        config, lineage = model.Config(**state["config"]), state["run"]["lineage"]
+    elif kind != "new":
+        folder = checkpoint.find(args.init or args.branch)
+        config = read_config(folder)
+        checkpoint.check_whole(folder)
+        locate(folder, config)  # headers only: what is missing or torn is said now
+        named, lineage = read_lineage(folder, args.source_tokens)
+        state = read_trainer(folder) if kind == "branch" else None
+    stored = state["settings"] if state else last_settings(lineage)
+    s = inherit(kind, args, given, stored)
+    match kind:
+        case "new":
+            tokenizer = load_tokenizer(s.tokenizer or "bytes")
+            config = new_config(s, tokenizer)
+        case "init":
+            operators, config, lineage = reshape(folder, config, lineage, s, given)
+            s.context = s.context or min(config.max_position_embeddings, 1024)
+        case "branch":
+            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]
+            if state["step"] < (stored.get("mask_steps") or 0):
+                raise ValueError(f"--branch {folder}: its mask is not open yet (a later snapshot)")
+    if kind != "new":
+        tokenizer = load_tokenizer(given.get("tokenizer") or str(folder))
+    if kind in ("init", "branch"):
+        tokenizer.name = given.get("tokenizer") or named or tokenizer.name
+    if kind != "resume":
+        finish(kind, s, given, config, tokenizer)
+    check_batch(s, world, fit="micro_batch" not in given)
+    return Start(kind, s, config, tokenizer, lineage, state, operators)
+
+
+def inherit(kind, args, given, stored):
+    """The settings that the table FROM gives: from the flags `args`, or from `stored`, the parent's own settings."""
+    s = SimpleNamespace()
+    upcycling = ("granularity", "router") if args.upcycle else ()  # they say how: the folder cannot
+    for names, ways in FROM.items():
+        way = ways[KINDS.index(kind)]
+        for name in names:
+            value = getattr(args, name)
+            before = stored.get(name, value)
+            if way == "parent" and name in given and (kind == "branch" or given[name] != before):
+                keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
+                raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
+            if way == "folder" and name in given and name not in upcycling:
+                raise ValueError(f"{flag(name)} {value} cannot be given with a parent (its folder says the shape)")
+            setattr(s, name, before if way == "parent" or (way == "either" and name not in given) else value)
+    return s
+
+
+def new_config(s, tokenizer):
+    """The Config of a new model; fills in the sizes that follow from others."""
+    D = s.hidden_size
+    s.intermediate_size = s.intermediate_size or 3 * D
+    s.num_attention_heads = s.num_attention_heads or max(4, D // 64)
+    s.num_key_value_heads = s.num_key_value_heads or s.num_attention_heads
+    if not s.head_dim and D % s.num_attention_heads:
+        heads = s.num_attention_heads
+        raise ValueError(f"{heads} heads do not divide the hidden size {D} (a divisor, or --head-dim)")
+    s.head_dim = s.head_dim or D // s.num_attention_heads
+    s.context = s.context or 256
+    shape = {name: getattr(s, name) for name in SHAPE}
+    return model.Config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eot, **shape)
+
+
+def reshape(folder, config, lineage, s, given):
+    """What --upcycle and --stack make of the checkpoint of --init: (operators, Config, lineage)."""
+    operators = []
+    if s.upcycle:
+        experts, top_k = upcycle.parse(s.upcycle)
+        recipe = {name: given[name] for name in ("granularity", "router") if name in given}
+        operators.append(upcycle.operator(config, experts, top_k, seed=s.seed, **recipe))
+    if s.stack:
+        before = operators[-1].config if operators else config
+        operators.append(grow.growth(before, factor=s.stack, seed=s.seed))
+    for operator in operators:
+        config, lineage = operator.config, [*lineage, operator.entry]
+    closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
+    if s.mask_steps and not closed:
+        raise ValueError(f"--mask-steps: {folder} has no mask (grow.py --operator random makes one)")
+    if closed and not s.mask_steps and s.tokens != 0:
+        raise ValueError(f"{folder} has a closed mask, behind which nothing learns (--mask-steps N opens it)")
+    return operators, config, lineage
+
+
+def finish(kind, s, given, config, tokenizer):
+    """What config.json does not say goes into the Config, what it says into the settings; then all are checked."""
+    for name in MIXTURE if not config.experts else ():
+        if name in given:
+            raise ValueError(f"{flag(name)} {given[name]} is for a mixture of experts (add --experts)")
+    if kind == "init" and "balance_coef" not in given:
+        s.balance_coef = config.balance_coef
+    config.balance_coef = s.balance_coef
+    config.capacity_factor = s.capacity_factor if config.experts else None
+    config.max_position_embeddings = s.context if kind == "new" else max(config.max_position_embeddings, s.context)
+    config.check()
+    for field in fields(config):
+        if field.name in SHAPE:
+            setattr(s, field.name, getattr(config, field.name))
+    if tokenizer.vocab_size > config.vocab_size:
+        right = f"the model knows {config.vocab_size}: its own tokenizer"
+        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
+    s.data, s.tokenizer = s.data or "python", tokenizer.name
+    data.parse_spec(s.data)
+    if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
+        s.tokens = 3_000_000
+    if not s.lr or s.min_lr > s.lr:
+        raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_flags(kind, args, given):
+    """What can be said without opening a folder."""
+    if kind == "resume":
+        if not args.out:
+            raise ValueError("--resume needs --out (the folder of the run)")
+        return
+    if args.init and args.branch:
+        raise ValueError("--init and --branch cannot go together (one parent)")
+    horizons = [name for name in ("tokens", "flops", "tokens_per_param") if name in given]
+    if len(horizons) > 1:
+        raise ValueError(f"{flag(horizons[0])} and {flag(horizons[1])} are two horizons (one of them)")
+    out = Path(args.out) if args.out else None
+    if out and out.exists() and not args.overwrite:
+        raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")
+    if out and out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / "log.csv").exists()):
+            raise ValueError(f"--overwrite: {out} is not a folder of train.py (delete it yourself)")
+        for parent in filter(None, (args.init, args.branch)):
+            if out.resolve() in (Path(parent).resolve(), *Path(parent).resolve().parents):
+                raise ValueError(f"--overwrite would delete the parent {parent} (another --out)")
+    for name in ("source_tokens", "upcycle", "stack", "mask_steps"):
+        if getattr(args, name) and kind != "init":
+            raise ValueError(f"{flag(name)} is about the checkpoint of --init (add --init)")
+    if not 0 < args.decay_fraction <= 1:
+        raise ValueError(f"--decay-fraction is {args.decay_fraction} (above 0 and at most 1)")
+    if args.fsdp and args.mask_steps:
+        raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
+    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "eval_tokens", "save_every"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"{flag(name)} is 0 (at least 1)")
+
+
+def check_batch(s, world, fit):
+    """Raises ValueError if a step does not divide into windows, ranks and micro-batches. With `fit` the micro-batch is
+    made to: a resumed run has that of another number of ranks."""
+    if s.batch_tokens % s.context:
+        raise ValueError(f"--batch-tokens {s.batch_tokens} is not a multiple of the context {s.context}")
+    windows = s.batch_tokens // s.context
+    if s.fsdp and world == 1:
+        raise ValueError("--fsdp shards over ranks, and there is one (start with torchrun --nproc-per-node N)")
+    if windows % world:
+        raise ValueError(f"{windows} windows a step cannot be shared by {world} ranks (a divisor of {windows})")
+    if s.micro_batch and fit:
+        s.micro_batch = math.gcd(s.micro_batch, windows // world)
+    if s.micro_batch and windows // world % s.micro_batch:
+        raise ValueError(f"--micro-batch {s.micro_batch} does not divide the {windows // world} windows of a rank")
+
+
+# ---- what depends on the device -------------------------------------------------------------------------------------
+
+
+def fast_bf16(device):
+    """Whether the hardware multiplies bf16 matrices faster than fp32 ones."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu":
+            has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return False
+
+
+def default_micro_batch(config, context, windows, device):
+    """The largest divisor of a rank's windows whose activations, at 34 bytes each, stay below 16 GB on an accelerator,
+    0.5 GB on a CPU (where what is near the caches is fastest anyway)."""
+    width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
+    most = (16e9 if device.type != "cpu" else 0.5e9) / (34 * config.num_hidden_layers * width * context)
+    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
+
+
+def horizon(s, config, sizes, flops_per_token, device, world):
+    """(steps of the run, the steps that --save-at means). Fills in what is counted in steps, and the micro-batch.
+    Raises ValueError for what does not fit into the run."""
+    tokens = s.tokens
+    if s.flops is not None:
+        tokens = s.flops / flops_per_token
+    elif s.tokens_per_param is not None:
+        tokens = s.tokens_per_param * sizes["N_active"]
+    steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
+    windows = s.batch_tokens // s.context // world  # of a rank in a step
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, device)
+    s.warmup = steps // 50 if s.warmup is None else s.warmup
+    s.eval_every = s.eval_every or max(1, steps // 10)
+    s.save_every = s.save_every or max(1, steps // 10)
+    if steps and steps < (s.mask_steps or 0):
+        raise ValueError(f"--mask-steps {s.mask_steps} is beyond the run's {steps} steps (it would never be open)")
+    snapshots = {round(t / s.batch_tokens) for t in s.save_at}
+    if snapshots and not 0 < min(snapshots) <= max(snapshots) <= steps:
+        right = f"from one step, {s.batch_tokens:,}, to {steps * s.batch_tokens:,} tokens"
+        raise ValueError(f"--save-at {max(s.save_at):,} is not within the run ({right})")
+    return steps, snapshots
