@@ -406,7 +406,7 @@ def report(corpus, tokenizer, context):
         "  n-gram ruler     nats a token   bits a byte",
     ]
     for n, loss in enumerate(ngram_losses(corpus, context), 1):
-        lines.append(f"    {n}-gram         {loss:12.3f} {loss / math.log(2) / corpus.bytes_per_token:13.3f}")
+        lines.append(f"    {n}-gram         {loss:12.3f} {corpus.bits(loss):13.3f}")
     return "\n".join(lines)
 
 
