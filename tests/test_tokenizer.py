@@ -286,6 +286,19 @@ def test_no_text_makes_a_special_token(tmp_path, kind):
         assert small.encode(text).ids.count(small.token_to_id("</s>"))  # what the library does if nobody tells it
 
 
+def test_the_class_of_llama_2_differs_before_a_blank_only(tmp_path, transformers):
+    folder = write_trained(tmp_path, train("llama2"))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    public, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    texts = without_special(real_texts()[::4], tokenizer)
+    for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
+        assert text[:1] == " " or ids.tolist() == theirs
+    spelled = lambda ids: "".join(public.convert_ids_to_tokens(ids))
+    ours, theirs = tokenizer.encode([" x"])[0].tolist(), public.encode(" x", add_special_tokens=False)
+    assert (spelled(ours), spelled(theirs)) == ("▁▁x", "▁x")
+
+
 def test_sentencepiece_bytes_that_are_no_utf8_become_a_replacement_character(tmp_path):
     tokenizer = load_tokenizer(str(write_trained(tmp_path, train("llama2"))))
     ids = tokenizer.encode(["é 🦜"])[0].tolist()
@@ -322,7 +335,7 @@ def test_pieces_of_a_long_text_encode_as_the_whole_for_every_kind(tmp_path, kind
 
 REFUSED = {
     "dropout": {"dropout": 0.1},
-    "ids up to": {"vocab": {CHAR[b]: b << 20 for b in range(256)}, "merges": []},
+    "an id above": {"vocab": {CHAR[b]: b << 20 for b in range(256)}, "merges": []},
     "out of vocabulary": {"vocab": {"中": 0}},
     "PreTokenizer": {"pre_tokenizer": {"type": "Unknown"}},
 }
@@ -395,6 +408,15 @@ def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp
     ids.save(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 300}')
     assert load_tokenizer(str(tmp_path)) == ids
+
+
+def test_a_tokenizer_works_under_any_name(tmp_path):
+    for name in ("bytes", "ids:300"):
+        tokenizer = load_tokenizer(name)
+        tokenizer.name = "out/run-1"  # the trainer calls it as its parent did
+        assert tokenizer.decode(tokenizer.encode(["17 4"])[0]) == "17 4"
+        tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)) == BYTES
 
 
 def test_text_is_text_and_round_trips(monkeypatch):
