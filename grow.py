@@ -9,7 +9,7 @@ Depth. The new layers are a list of old ones. A factor makes the list, or `--lay
     zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
     random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
 
-Width. The width d becomes D = k d: hidden size, MLP, number of heads. The size of a head, words and experts stay.
+Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay.
 
     direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]
     zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
@@ -17,7 +17,7 @@ Width. The width d becomes D = k d: hidden size, MLP, number of heads. The size 
 
 W is any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as those of W.
 
-Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Every entry of U gets its own a, for example:
+Direct by hand, for k = 2. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
     a = 1/4  1/2      a U = 1/4   1      (1 - a) U = 3/4   1
         1/2  1/4            3/2   1                  3/2   3       W' x' = [a U, (1 - a) U] (1, 1, 1, 1)
@@ -32,8 +32,8 @@ All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp6
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
     python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
 
-Left out: several hops (worse than one, says the paper), a factor for each width, Adam's moments, and copying a part of
-the width (bert2BERT; not exact). upcycle.py makes more experts, ligo.py learns how to grow.
+Left out: several hops (worse than one, says the paper), Adam's moments, and copies of a part of the width (bert2BERT,
+not exact). upcycle.py makes more experts, ligo.py learns how to grow.
 
 Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
   1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once, which after 2e5
@@ -94,8 +94,7 @@ same = lambda t: t
 
 
 def random_numbers(name, shape, seed, like):
-    """Normal numbers for the tensor of that name, with the root mean square of `like`; the same in a folder, in memory
-    and on every rank."""
+    """Normal numbers for the tensor of that name, as large as those of `like`; the same ones wherever it is made."""
     layer, expert, matrix, _ = place(name)
     rms = like.double().square().mean().sqrt().item()
     return model.normal(shape, rms, seed, -1 if layer is None else layer, expert or 0, f"grow {matrix}").to(like)
@@ -122,8 +121,8 @@ def layer_map(L, operator, factor, layers=None):
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
     if operator in INSERTING and list(dict.fromkeys(layers)) != list(range(L)):
-        right = f"keeps the function only if 0-{L - 1} first occur all and in order (or direct)"
-        raise ValueError(f"operator {operator} {right}")
+        right = f"0-{L - 1} first occur all and in order (or direct)"
+        raise ValueError(f"operator {operator} keeps the function only if {right}")
     return list(layers)
 
 
@@ -191,8 +190,8 @@ def width_direct(name, entry, config):
     k = entry["factor"]
 
     def divide(U, shape=None):
-        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. With one a for all entries, the gradients of
-        the copies would be proportional, and Adam, which is blind to scale, would leave them copies for ever."""
+        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. One a for all entries would make the gradients
+        of the copies proportional. Adam is blind to scale: it would leave them copies for ever."""
         spread = random_numbers(name, (k - 1, *(shape or U.shape)), entry["seed"], like=U.new_ones(1))
         shares = (1 + SPREAD * spread) / k
         return torch.cat([U * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
@@ -210,8 +209,8 @@ def width_direct(name, entry, config):
 
 
 def width_insert(name, entry, config):
-    """x' = [x, 0]: new dimensions write to old ones (A) and to each other (C), old ones not yet to new ones. So the
-    first update moves v_proj, o_proj and down_proj away from 0, the next ones all the rest. random: A and C wait."""
+    """x' = [x, 0]: new dimensions write to old ones (A) and to new ones (C), old ones do not yet write to new ones. The
+    first update moves the 0 of v_proj, o_proj and down_proj, the next ones all others. Of random A and C are 0 too."""
     k = entry["factor"]
     shrink = math.sqrt(1 / k)  # sqrt(d/D): of [x, 0] the mean square is d/D of that of x (the official code has d/D)
 
@@ -230,7 +229,7 @@ def width_insert(name, entry, config):
     pad = lambda t: F.pad(t, (0, round(t.shape[-1] * k) - t.shape[-1]))
     gain = lambda g: torch.cat((g * shrink, g.new_ones(round(len(g) * k) - len(g))))
     wider = partial(border, more_rows=False)
-    # A QK-norm is over a head, which stays, but it has eps' = eps / k as all norms do: q and k shrink alike.
+    # QK-norm is over a head, which stays, but config.json has one eps' = eps / k for all norms: q and k shrink with it.
     scores = partial(border, scale=shrink) if config.qk_norm else border
     return [name], {
         "embedding": pad, "words": wider, "router": wider,
@@ -349,7 +348,7 @@ class Mask:
         self.masked.append((owner, plain))
 
     def open(self, update):
-        """c = update / updates, what it is after so many updates. At 1 mask x raw is raw, and the mask is gone."""
+        """Sets c to what it is after so many updates. At c = 1 mask x raw is raw, and the mask goes away."""
         self.c.fill_(min(1.0, update / self.updates))
         while self.masked and update >= self.updates:
             owner, plain = self.masked.pop()
