@@ -9,7 +9,7 @@ Depth. The new layers are a list of old ones. A factor makes the list, or `--lay
     zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
     random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
 
-Width. The width d becomes D = k d: hidden size, MLP, number of heads. The size of a head, words and experts stay.
+Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay.
 
     direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]
     zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
@@ -17,7 +17,7 @@ Width. The width d becomes D = k d: hidden size, MLP, number of heads. The size 
 
 W is any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as those of W.
 
-Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Every entry of U gets its own a, for example:
+Direct by hand, for k = 2. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
     a = 1/4  1/2      a U = 1/4   1      (1 - a) U = 3/4   1
         1/2  1/4            3/2   1                  3/2   3       W' x' = [a U, (1 - a) U] (1, 1, 1, 1)
@@ -32,8 +32,8 @@ All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp6
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
     python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
 
-Left out: several hops (worse than one, says the paper), a factor for each width, Adam's moments, and copying a part of
-the width (bert2BERT; not exact). upcycle.py makes more experts, ligo.py learns how to grow.
+Left out: several hops (worse than one, says the paper), Adam's moments, and copies of a part of the width (bert2BERT,
+not exact). upcycle.py makes more experts, ligo.py learns how to grow.
 
 Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
   1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once, which after 2e5
@@ -64,9 +64,10 @@ from safetensors import SafetensorError
 
 import checkpoint
 import model
-import operators
 from checkpoint import at_layer, place, unpack
+from operators import SHARD_SIZE, Operator, apply_to_folder, apply_to_module
 
+AXES = ("depth", "width")
 INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
 SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
 
@@ -89,16 +90,14 @@ def look_up(table, name):
 
 
 role = partial(look_up, ROLES)
+same = lambda t: t
 
 
-def random_numbers(name, shape, std, seed):
-    """Normal numbers for the tensor of that name: the same in a folder, in memory and on every rank."""
+def random_numbers(name, shape, seed, like):
+    """Normal numbers for the tensor of that name, as large as those of `like`; the same ones wherever it is made."""
     layer, expert, matrix, _ = place(name)
-    return model.normal(shape, std, seed, -1 if layer is None else layer, expert or 0, f"grow {matrix}")
-
-
-def rms(t):
-    return t.double().square().mean().sqrt().item()
+    rms = like.double().square().mean().sqrt().item()
+    return model.normal(shape, rms, seed, -1 if layer is None else layer, expert or 0, f"grow {matrix}").to(like)
 
 
 # ---- what grows -----------------------------------------------------------------------------------------------------
@@ -122,8 +121,8 @@ def layer_map(L, operator, factor, layers=None):
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
     if operator in INSERTING and list(dict.fromkeys(layers)) != list(range(L)):
-        why = f"keeps the function only if 0-{L - 1} first occur all and in order (or direct)"
-        raise ValueError(f"operator {operator} {why}")
+        right = f"0-{L - 1} first occur all and in order (or direct)"
+        raise ValueError(f"operator {operator} keeps the function only if {right}")
     return list(layers)
 
 
@@ -135,6 +134,8 @@ def retention(layers):
 def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """What run.json says of growing the model of `config`: factor and layers resolved, width without layers.
     Raises ValueError."""
+    if axis not in AXES:
+        raise ValueError(f"axis is {axis!r} ({' or '.join(AXES)})")
     if axis == "width" and layers is not None:
         raise ValueError("layers are for depth (width takes a factor)")
     if layers is None and not 1 < factor <= 1000:
@@ -164,10 +165,6 @@ def grown_config(config, entry):
 # ---- the formulas: name of a new tensor -> names of the old ones, and a function of them (see operators.py) ---------
 
 
-def same(t):
-    return t
-
-
 def is_added(name, layers):
     """Whether the tensor lies in a layer whose original occurs before it in the list."""
     layer = place(name).layer
@@ -175,51 +172,45 @@ def is_added(name, layers):
 
 
 def depth(name, entry, config):
-    """Layer i is layer list[i]. zero: an added block writes nothing. random: nor does it, and it is drawn anew."""
-    layer, layers, kind = place(name).layer, entry["layers"], role(name)
+    """Layer i is layer list[i]. What zero and random add is silent at first: what it writes with is 0."""
+    layer, layers, what = place(name).layer, entry["layers"], role(name)
     names = [name if layer is None else at_layer(name, layers[layer])]
-    if not is_added(name, layers) or entry["operator"] == "direct":
+    if not is_added(name, layers):
         return names, same
-    if kind == "writer":  # of random, `Mask` draws them
-        return names, torch.zeros_like
-    if entry["operator"] == "zero":
-        return names, same
-    draw = lambda W: random_numbers(name, W.shape, rms(W), entry["seed"]).to(W)
-    start = dict.fromkeys(("scores", "reader", "router"), draw)
-    return names, (start | {"gain": torch.ones_like, "head gain": torch.ones_like, "bias": torch.zeros_like})[kind]
+    fresh = lambda W: random_numbers(name, W.shape, entry["seed"], like=W)
+    zeros, ones = torch.zeros_like, torch.ones_like
+    drawn = {"scores": fresh, "reader": fresh, "router": fresh, "bias": zeros, "gain": ones, "head gain": ones,
+             "writer": zeros}[what]  # fmt: skip  # `Mask` draws the writers
+    copied = zeros if what == "writer" else same
+    return names, {"direct": same, "zero": copied, "random": drawn}[entry["operator"]]
 
 
 def width_direct(name, entry, config):
     """x' = [x, x]: what a matrix puts out is copied, and what it reads is divided among the copies."""
     k = entry["factor"]
 
-    def divide(U, rows=...):
-        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. With one a for all entries, the gradients of
-        the copies would be proportional, and Adam, which is blind to scale, would leave them copies for ever."""
-        shares = random_numbers(name, (k - 1, *U[rows].shape), 1.0, entry["seed"]).to(U)
-        shares = (1 + SPREAD * shares) / k
+    def divide(U, shape=None):
+        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. One a for all entries would make the gradients
+        of the copies proportional. Adam is blind to scale: it would leave them copies for ever."""
+        spread = random_numbers(name, (k - 1, *(shape or U.shape)), entry["seed"], like=U.new_ones(1))
+        shares = (1 + SPREAD * spread) / k
         return torch.cat([U * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
 
     tied = config.tie_word_embeddings  # then the head is a copy too, and the gain before it is divided in its place
     copy = lambda g: g.repeat(k)  # not sqrt(d/D) [gain, gain], as printed: copies keep the root mean square
     matrix = lambda W: divide(W.repeat(k, 1))
     return [name], {
-        "embedding": lambda W: W.repeat(1, k),
-        "scores": matrix,
-        "reader": matrix,
-        "writer": matrix,
-        "bias": copy,
-        "gain": copy,
-        "last gain": divide if tied else copy,
+        "embedding": lambda W: W.repeat(1, k), "words": divide,
+        "router": lambda W: divide(W, W.shape[1:]),  # one row of shares for all: experts that tie go on to tie
+        "scores": matrix, "reader": matrix, "writer": matrix,
+        "bias": copy, "gain": copy, "last gain": divide if tied else copy,
         "head gain": same,  # it is as long as a head, and heads do not grow
-        "words": divide,
-        "router": lambda W: divide(W, rows=0),  # one row of shares for all: experts that tie go on to tie
-    }[role(name)]
+    }[role(name)]  # fmt: skip
 
 
 def width_insert(name, entry, config):
-    """x' = [x, 0]: new dimensions write to old ones (A) and to each other (C), old ones not yet to new ones. So the
-    first update moves v_proj, o_proj and down_proj away from 0, the next ones all the rest. random: A and C wait."""
+    """x' = [x, 0]: new dimensions write to old ones (A) and to new ones (C), old ones do not yet write to new ones. The
+    first update moves the 0 of v_proj, o_proj and down_proj, the next ones all others. Of random A and C are 0 too."""
     k = entry["factor"]
     shrink = math.sqrt(1 / k)  # sqrt(d/D): of [x, 0] the mean square is d/D of that of x (the official code has d/D)
 
@@ -228,65 +219,60 @@ def width_insert(name, entry, config):
         rows, columns = W.shape
         shape = round(rows * k) if more_rows else rows, round(columns * k)
         if entry["operator"] == "zero":
-            grown = random_numbers(name, shape, rms(W), entry["seed"]).to(W)
+            bordered = random_numbers(name, shape, entry["seed"], like=W)
         else:
-            grown = W.new_zeros(shape)  # of random, `Mask` draws them
-        grown[:rows, :columns] = W * scale
-        grown[rows:, :columns] = 0
-        return grown
+            bordered = W.new_zeros(shape)  # of random, `Mask` draws them
+        bordered[:rows, :columns] = W * scale
+        bordered[rows:, :columns] = 0
+        return bordered
 
     pad = lambda t: F.pad(t, (0, round(t.shape[-1] * k) - t.shape[-1]))
     gain = lambda g: torch.cat((g * shrink, g.new_ones(round(len(g) * k) - len(g))))
+    wider = partial(border, more_rows=False)
+    # QK-norm is over a head, which stays, but config.json has one eps' = eps / k for all norms: q and k shrink with it.
+    scores = partial(border, scale=shrink) if config.qk_norm else border
     return [name], {
-        "embedding": pad,
-        # A QK-norm is over a head, which stays, but shares its eps' = eps / k with the others: q and k shrink alike.
-        "scores": partial(border, scale=shrink) if config.qk_norm else border,
-        "reader": border,
-        "writer": border,
+        "embedding": pad, "words": wider, "router": wider,
+        "scores": scores, "reader": border, "writer": border,
         "bias": pad,  # new heads put out nothing
-        "gain": gain,
-        "last gain": gain,
-        "head gain": same,
-        "words": partial(border, more_rows=False),
-        "router": partial(border, more_rows=False),
-    }[role(name)]
+        "gain": gain, "last gain": gain, "head gain": same,
+    }[role(name)]  # fmt: skip
 
 
 FORMULAS = {
     ("depth", "direct"): depth, ("depth", "zero"): depth, ("depth", "random"): depth,
     ("width", "direct"): width_direct, ("width", "zero"): width_insert, ("width", "random"): width_insert,
 }  # fmt: skip
-AXES, OPERATORS = (tuple(dict.fromkeys(names)) for names in zip(*FORMULAS))
+OPERATORS = tuple(dict.fromkeys(operator for _, operator in FORMULAS))
 
 
 def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
-    """The operators.Operator that grows a model of Config `config`. Raises ValueError for what cannot be built, or not
-    exactly where the operator promises it."""
-    if (axis, operator) not in FORMULAS:
-        raise ValueError(f"axis {axis!r}, operator {operator!r} ({' or '.join(AXES)}; {', '.join(OPERATORS)})")
+    """What grows a model of Config `config`: its operators.Operator. Raises ValueError for what cannot be built, or not
+    exactly where it is promised."""
     entry = lineage_step(config, axis, operator, factor, layers, seed)
+    if (axis, operator) not in FORMULAS:
+        raise ValueError(f"operator is {operator!r} ({', '.join(OPERATORS)})")
     formula = partial(FORMULAS[axis, operator], entry=entry, config=config)
     # Depth copies. Width makes products, which bf16 does not hold (0.04 on the logits).
     dtype = same if axis == "depth" else partial(torch.promote_types, torch.float32)
-    return operators.Operator(grown_config(config, entry), formula, entry, dtype)
+    return Operator(grown_config(config, entry), formula, entry, dtype)
 
 
 def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see Mask).
     layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32.
     Raises ValueError as `growth`. `grow_folder` gives the same weights, bit for bit."""
-    return operators.apply_to_module(module, growth(module.config, axis, operator, factor, layers, seed))
+    return apply_to_module(module, growth(module.config, axis, operator, factor, layers, seed))
 
 
-def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None,
-                shard_size=operators.SHARD_SIZE):  # fmt: skip
+def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard_size=SHARD_SIZE):
     """The checkpoint folder `source`, or the public model of that name, grown, as the new folder `target`, a tensor at
     a time. Returns a line about it. Raises ValueError, FileNotFoundError or OSError, and then leaves no part of it."""
     source = checkpoint.find(source)
     small = checkpoint.read_config(source)
     how = growth(small, axis, operator, factor, layers, seed)
     _, stored = checkpoint.locate(source, small)
-    dtype, _ = operators.apply_to_folder(source, target, how, source_tokens, shard_size)
+    dtype, _ = apply_to_folder(source, target, how, source_tokens, shard_size)
     return describe(target, how.config, how.entry, stored, dtype)
 
 
@@ -307,15 +293,15 @@ class Mask:
     The forward pass sees mask x raw: a masked layer gets a class of its own, in which its `weight` is a property."""
 
     def __init__(self, module, entry, updates, draw=True):
-        self.module, self.entry, self.updates, self.plain = module, entry, updates, []
+        self.module, self.entry, self.updates, self.masked = module, entry, updates, []
         self.c = torch.zeros_like(module.lm_head.weight[0, 0])
         state = module.state_dict()
         closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
-        raw = dict(unpack(module.config, state))
-        for name, where in unpack(module.config, closed):  # views
+        tensors = dict(unpack(module.config, state))
+        for name, where in unpack(module.config, closed):
             self.close(name, where)
             if draw and where.any():
-                self.draw(name, where, raw)
+                self.fill(name, where, tensors)
         if module.config.tie_word_embeddings:
             closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
         for name, where in closed.items():
@@ -325,19 +311,17 @@ class Mask:
 
     def close(self, name, where):
         """Sets `where`, False in the shape of tensor `name`, to True where operator random has added something."""
-        k, kind = self.entry["factor"], role(name)
+        k, what = self.entry["factor"], role(name)
         if self.entry["axis"] == "depth":
-            where[:] = kind == "writer" and is_added(name, self.entry["layers"])
-            return
-        if kind != "head gain":
+            where[:] = what == "writer" and is_added(name, self.entry["layers"])
+        elif what != "head gain":
             where[..., round(where.shape[-1] / k) :] = True  # columns; of a vector, its new entries
-        if kind in ("scores", "reader", "writer"):
-            where[round(len(where) / k) :] = True  # rows
+            if what in ("scores", "reader", "writer"):
+                where[round(len(where) / k) :] = True  # rows
 
-    def draw(self, name, where, raw):
-        """Draws what lies behind the mask in tensor `name`: numbers as large as those they join, gains of 1, biases of
-        0. raw: {name: tensor} of the whole module."""
-        t, layers = raw[name], self.entry["layers"]
+    def fill(self, name, where, tensors):
+        """Draws what lies behind the mask: numbers as large as those they join, gains of 1. Biases stay 0."""
+        t, layers = tensors[name], self.entry["layers"]
         match role(name):
             case "bias":
                 return
@@ -346,30 +330,29 @@ class Mask:
                 t[where] = 1
             case _:
                 like = t[~where]
-                if layers:  # a block that is all new: like the one it was put behind
-                    like = raw[at_layer(name, layers.index(layers[place(name).layer]))]
-                t[where] = random_numbers(name, t.shape, rms(like), self.entry["seed"]).to(t)[where]
+                if layers:  # a block that is all new: like the one that it follows
+                    like = tensors[at_layer(name, layers.index(layers[place(name).layer]))]
+                t[where] = random_numbers(name, t.shape, self.entry["seed"], like)[where]
 
-    def hide(self, owner, attribute, closed):
+    def hide(self, owner, attribute, where):
         """From now on owner.attribute is mask x raw."""
-        c, k = self.c, self.entry["factor"]
+        c, k, plain = self.c, self.entry["factor"], type(owner)
 
         def masked(self):
             raw = self._parameters[attribute]
             if isinstance(self, model.RMSNorm):
-                return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): RMSNorm over the open dimensions
-            return torch.where(closed, c * raw, raw)
+                return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): the norm is over the open dimensions
+            return torch.where(where, c * raw, raw)
 
-        self.plain.append((owner, type(owner)))
-        owner.__class__ = type(type(owner).__name__, (type(owner),), {attribute: property(masked)})
+        owner.__class__ = type(plain.__name__, (plain,), {attribute: property(masked)})
+        self.masked.append((owner, plain))
 
     def open(self, update):
-        """c = update / updates, what it is after so many updates. At 1 mask x raw is raw, and the mask is gone."""
+        """Sets c to what it is after so many updates. At c = 1 mask x raw is raw, and the mask goes away."""
         self.c.fill_(min(1.0, update / self.updates))
-        if update >= self.updates:
-            while self.plain:
-                owner, kind = self.plain.pop()
-                owner.__class__ = kind
+        while self.masked and update >= self.updates:
+            owner, plain = self.masked.pop()
+            owner.__class__ = plain
 
     def effective(self):
         """{parameter: mask x raw}, what a folder holds."""

@@ -109,9 +109,9 @@ def maps_of_width(old, config, grown, entry):
     def combine():
         tensors = {}
         for name, t in unpack(config, old):
-            (out, read), layer = grow.look_up(SIDES, name), place(name).layer
+            (out, into), layer = grow.look_up(SIDES, name), place(name).layer
             t = map_of(out, layer) @ t if out else t
-            tensors[name] = t @ map_of(read, layer).T if read else t  # of the head printed as W B: it is W B^T
+            tensors[name] = t @ map_of(into, layer).T if into else t  # the paper prints the head's as W B: it is W B^T
         return pack(grown, tensors)
 
     return maps, combine

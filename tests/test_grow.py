@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import checkpoint
 import grow
 import model
 import operators
+from checkpoint import unpack
 from model import Config, Transformer
 
 SMALL = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -63,7 +65,6 @@ def logits(module, ids=IDS):
 
 def settings(**how):
     return dict(axis="depth", operator="direct", factor=2, layers=None, seed=1) | how
-
 
 
 # ---- the function ---------------------------------------------------------------------------------------------------
@@ -128,6 +129,37 @@ def test_equal_experts_stay_equal_so_that_ties_fall_as_before():
     big = grow.grow(small, "width", "direct", 3)
     assert all(torch.equal(m.mlp.gate.weight[1::2], m.mlp.gate.weight[::2]) for m in big.model.layers)
     assert (logits(big) - logits(small)).abs().max() < 1e-10
+
+
+def test_new_heads_get_the_biases_of_their_originals_or_none():
+    small = make("qwen2")
+    old = small.model.layers[2].self_attn
+    direct, zero, random = (grow.grow(small, "width", o, 2).model.layers[2].self_attn for o in grow.OPERATORS)
+    for n in ("q_proj.bias", "k_proj.bias", "v_proj.bias"):
+        b = old.get_parameter(n)
+        assert torch.equal(direct.get_parameter(n), torch.cat((b, b)))
+        for attention in (zero, random):
+            assert torch.equal(attention.get_parameter(n), torch.cat((b, torch.zeros_like(b))))
+
+
+@pytest.mark.parametrize("how", ALL)
+@pytest.mark.parametrize("name", ["self_attn.o_proj.bias", "mlp.shared_expert_gate.weight", "mlp.gate.bias",
+                                  "post_feedforward_layernorm.weight", "mlp.up_proj.bias"])  # fmt: skip
+def test_a_tensor_that_growth_does_not_know_is_refused_by_name(name, how):
+    with pytest.raises(ValueError, match=re.escape(name)):
+        grow.growth(make().config, **ALL[how]).formula(f"model.layers.1.{name}")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("how", ALL)
+def test_every_tensor_of_a_grown_model_is_made_of_tensors_of_the_small_one(name, how):
+    small, operator = make(name), grow.growth(make(name).config, **ALL[how])
+    old = dict(unpack(small.config, small.state_dict()))
+    with torch.device("meta"):
+        big = Transformer(operator.config)
+    for n, t in unpack(operator.config, big.state_dict()):
+        names, function = operator.formula(n)
+        assert function(*(old[m] for m in names)).shape == t.shape
 
 
 @pytest.mark.parametrize("how", ["depth-zero", "width-zero"])
@@ -214,6 +246,24 @@ def test_the_open_mask_leaves_random_entries_of_the_size_of_the_old_ones():
     for block in (q[:32, 24:], q[32:, :24], q[32:, 24:]):
         assert 0.8 < block.std() / old.std() < 1.25
     assert torch.allclose(gain[:24], small.model.layers[1].input_layernorm.weight) and (gain[24:] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["qwen3, grouped queries, tied", "qwen2", "mixtral"])
+@pytest.mark.parametrize("axis", ["depth", "width"])
+def test_behind_the_mask_parameters_keep_their_names_and_hold_raw_numbers(name, axis):
+    small, how = make(name), dict(axis=axis, operator="random", factor=2)
+    big, opened = (grow.grow(small, **how) for _ in range(2))
+    names, kinds = [n for n, _ in big.named_parameters()], {n: type(m) for n, m in big.named_modules()}
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), 4)
+    grow.Mask(opened, grow.lineage_step(small.config, **how), 4).open(4)
+    assert [n for n, _ in big.named_parameters()] == names and equal(big, opened)
+    again = grow.Mask(grow.grow(small, **how), grow.lineage_step(small.config, **how), 4, draw=False)
+    again.module.load_state_dict(big.state_dict())  # a resumed run: the raw numbers are stored
+    for done in (2, 4):
+        mask.open(done)
+        again.open(done)
+        assert torch.equal(logits(big), logits(again.module))
+    assert {n: type(m) for n, m in big.named_modules()} == kinds
 
 
 def test_each_new_expert_is_as_large_as_the_one_it_joins():

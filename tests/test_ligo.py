@@ -11,6 +11,10 @@ import data
 import grow
 import ligo
 import model
+import runs
+import train as train_py
+from tokenizer import load_tokenizer
+
 
 def batches(steps):
     for i in range(steps):
@@ -62,6 +66,27 @@ def test_width_is_tied_as_in_the_paper():
     assert torch.allclose(B @ old[o] @ read.T, new[o], atol=1e-3)
 
 
+def test_biases_go_by_the_map_of_their_matrix():
+    """One Bq for [W B^T, b] (32, 49), whose rows are only 25 dimensions wide: two different maps would not fit."""
+    small = make("qwen2")
+    old, new = small.state_dict(), ligo.learn(small, batches(3), "width", 2).state_dict()
+    B = torch.linalg.lstsq(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"]).solution.T
+    for m in "qkv":
+        name = f"model.layers.1.self_attn.{m}_proj."
+        before = torch.cat((old[name + "weight"] @ B.T, old[name + "bias"][:, None]), 1)
+        after = torch.cat((new[name + "weight"], new[name + "bias"][:, None]), 1)
+        assert torch.allclose(after @ torch.linalg.pinv(before, rtol=1e-4) @ before, after, atol=1e-3)
+        assert not torch.equal(new[name + "bias"][:32], old[name + "bias"])  # it has learned
+
+
+def test_a_tensor_that_ligo_does_not_know_is_refused_by_name():
+    small = make()
+    small.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(40))
+    for axis in grow.AXES:
+        with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.bias"):
+            ligo.learn(small, [], axis, 2)
+
+
 def test_learn_on_a_folder_counts_what_it_read_and_spent(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("The five boxing wizards jump quickly. " * 800)
@@ -78,12 +103,47 @@ def test_learn_on_a_folder_counts_what_it_read_and_spent(tmp_path, monkeypatch, 
     assert train_py.main("--init big --tokens 512 --batch-tokens 256 --out child".split()) == 0
     _, sequence, read, _ = data.position(checkpoint.read_json("child/run.json")["lineage"], *parts("a.txt"))
     assert sequence == read["a"] == (7680 + 2048 + 512) // 32  # no window twice
-    run = laws.read_run("child")
+    run = runs.read_run("child")
     assert run["D"] == 7680 + 2048 + 512 and run["flops_total"] > run["flops"] + step["flops"]
 
 
 def parts(spec):
-    tokenizer = data.load_tokenizer("bytes")
+    tokenizer = load_tokenizer("bytes")
     return data.prepare(spec, tokenizer, context=32), 32, tokenizer.key
 
 
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no steps": (dict(steps="0"), "0 is not a count"),
+    "no such text": (dict(data="nowhere.txt"), "nowhere.txt"),
+    "half a layer": (dict(factor="1.5"), "num_hidden_layers 3 times 1.5 is 4.5"),
+    "layers of width": (dict(axis="width", factor=None, layers="0-2,0-2"), "layers are for depth"),
+    "destination exists": (dict(target="small"), "exists (another name"),
+    "no source": (dict(source="nothing"), "nothing is not a folder"),
+    "another rate": (dict(lr="-1"), "-1 is out of range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(make(vocab_size=256), "small", load_tokenizer("bytes"))
+    before = sorted(tmp_path.rglob("*"))
+    flags, words = BAD[case]
+    flags = dict(axis="depth", factor="2") | flags
+    argv = [flags.pop("source", "small"), flags.pop("target", "new/big")]
+    argv += [part for k, v in flags.items() if v is not None for part in ("--" + k, v)]
+    with pytest.raises(SystemExit) as left:
+        ligo.main(argv)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and out == "" and sorted(tmp_path.rglob("*")) == before
+    last = err.strip().split("\n")[-1]
+    assert last.startswith("ligo.py: error: ") and words in last
+
+
+def test_help_opens_with_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        ligo.main(["--help"])
+    out = capsys.readouterr().out
+    assert out.index("python ligo.py SRC DST --axis depth") < out.index("--seed SEED") < out.index("--steps STEPS")
