@@ -208,9 +208,9 @@ def statistics(logit_TE, expert_TK):
         balance = E / (T K) sum_i n_i mean_t p_ti     n_i tokens chose i; p is the softmax over all E logits (Switch)
         z       = mean_t (log sum_i exp l_ti)^2       (ST-MoE, 2202.08906)
 
-    balance is 1 when p is uniform, and E / K when K experts take every token and all of p. The counts have no gradient: the loss
-    lowers p where n is large. In the example at the top n is 2 2 1 1, the means of p are 10/24, 4/24, 6/24 and 4/24,
-    and balance is 4/6 (2 * 10 + 2 * 4 + 1 * 6 + 1 * 4) / 24 = 19/18."""
+    balance is 1 when p is uniform, and E / K when K experts take every token and all of p. The counts have no
+    gradient: the loss lowers p where n is large. In the example at the top n is 2 2 1 1, the means of p are 10/24,
+    4/24, 6/24 and 4/24, and balance is 4/6 (2 * 10 + 2 * 4 + 1 * 6 + 1 * 4) / 24 = 19/18."""
     (T, E), K = logit_TE.shape, expert_TK.shape[1]
     z_T = logit_TE.logsumexp(-1)
     p_TE = (logit_TE - z_T[:, None]).exp()

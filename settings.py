@@ -301,9 +301,9 @@ def finish(kind, s, given, config, tokenizer):
     for field in fields(config):
         if field.name in SHAPE:
             setattr(s, field.name, getattr(config, field.name))
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.min_vocab_size > config.vocab_size:
         right = f"the model knows {config.vocab_size}: its own tokenizer"
-        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
+        raise ValueError(f"--tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
     s.data, s.tokenizer = s.data or "python", tokenizer.name
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):

@@ -13,7 +13,7 @@
 saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py says what the flags mean together.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
-take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over the same windows:
+take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over equal windows:
 n ranks give the numbers of one rank that accumulates n times as often.
 
 Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it; evaluation is
