@@ -1,31 +1,14 @@
 """Text to tokens to batches, and the n-gram ruler.
 
-A corpus is a list of documents. Each one is encoded and followed by the tokenizer's end-of-text token. A twentieth of
-the text is kept for validation. Both parts are cached as raw token files and read through memory maps.
+A corpus is a list of documents (sources.py). Each one is encoded (tokenizer.py) and followed by the end-of-text token.
+A twentieth of the text is kept for validation. Both parts are cached as raw token files and read through memory maps.
 
 A training window is T + 1 neighbouring tokens: T inputs, and T targets one token further on. The order of the windows
 depends on the seed and on the position alone. So a resumed run, eight processes in place of one, and a child of the run
 all read the same list.
 
-    specification  [name=]source[:weight],...         python       cpp:0.9,python:0.1       mine=notes/**/*.txt:1
-                   no weights: corpora count by size; weight 0: only evaluated
-    sources        python     Python's standard library without tests
-                   packages   the .py files, without tests, of torch, numpy and the other PACKAGES below
-                   cpp        the C++ headers that PyTorch installs
-                   english    docstrings of those packages, and Python's help topics: no text of `python`
-                   a UTF-8 text file, a folder or glob of them; of JSON lines (.jsonl, .ndjson): the field "text"
-                   a folder of ready tokens: train.bin, val.bin (raw, little-endian) and meta.json,
-                              {"dtype": "uint16" or "uint32", "vocab_size": ..., "bytes_per_token": ...}
-    tokenizers     bytes      the 256 byte values; NUL is the end-of-text token (so is a NUL in a text)
-                   gpt2, o200k_base ...               tiktoken's encodings (downloaded once)
-                   a tokenizer.json of any kind, a checkpoint folder with one, a file of tiktoken ranks (Llama 3)
-                   ids:32000  no text: so many ids, for ready tokens (also a checkpoint folder without a tokenizer)
-
-Validation takes whole units: top-level modules or folders, in a user's folder files. A hash of the unit's name chooses.
-The reason is near-copies, which are often neighbours. One in training gives away the other in validation, and the loss
-looks better than it is. Where every unit is too large, validation is the last twentieth of the text.
-
-Bits per byte compare tokenizers. For them the end of a document counts as one byte.
+Validation takes whole units of a source, chosen by a hash of their names. Where every unit is too large, it is the last
+twentieth of the text. Bits per byte compare tokenizers. For them the end of a document counts as one byte.
 
 Left out on purpose: a mask between the documents of one window (the end-of-text token must do; a mask would be made in
 `Reader.load`, which sees those tokens), corpora larger than memory (write train.bin and val.bin yourself), and the
@@ -34,30 +17,22 @@ removal of near-copies (only exact copies go).
 Try:
 1. `python data.py python`: 3-gram counts need 2.58 bits a byte. Let n run up to 7 in `ngram_losses`. (1.95 at n = 5,
    then it rises: most longer histories of the validation text were never seen in training.)
-2. In `list_files`, make every C++ header a unit of its own, "/".join(parts). What do 3-grams now lose on `cpp`?
+2. In `sources.list_files`, make every C++ header a unit of its own, "/".join(parts). What do 3-grams now lose on `cpp`?
    (1.88 nats in place of 2.39: generated headers are near-copies, and those in training give away the others.)
 3. Let `mix` draw u from np.random.default_rng(seed), half and half, and follow the lead of one corpus over 10,000
    windows. (Up to 36 windows, as of a fair coin; with the golden ratio never more than 2.)
 """
 
 import argparse
-import ast
-import glob
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
-import sysconfig
 import time
-import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,188 +44,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash, suggest
+import sources
+import tokenizer
+from sources import describe, is_ready, parse_spec, read_documents
+from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash
 
-# those of requirements.txt that the corpora were first measured on: another list would be another text
-PACKAGES = ("torch", "tiktoken", "numpy", "scipy", "tqdm", "pytest", "_pytest", "safetensors", "matplotlib")
-BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PACKAGES}  # {source: what it is made of}
-TESTS = {"test", "tests", "testing"}
-NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 VALIDATION = 0.05  # of the bytes
-LINES = (".jsonl", ".ndjson")  # endings, in small letters, of files that hold a document in JSON on each line
 MARK = "~regrow-"  # begins the names of folders that are being prepared
 BATCH = 2**24  # bytes of text that are encoded at once
 EVAL_TOKENS = 131072  # of a validation part are evaluated at most, unless asked for otherwise
 FORMAT = 3  # of the cache: another number, and every corpus is prepared again
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: which files, and which documents in them
-
-
-@plain_errors()
-def parse_spec(spec):
-    """`[name=]source[:weight],...` -> [(name, source, weight or None, files)]. Reads no text, creates nothing.
-    ValueError or FileNotFoundError: a part, name or weight that cannot be used."""
-    corpora = []
-    for part in spec.split(","):
-        name, source, weight = re.fullmatch(r"(?:([\w.-]+)=)?(.*?)(?::([^:/]*))?", part.strip(), re.S).groups()
-        if name and os.path.exists(f"{name}={source}"):  # a file called date=2024.txt
-            name, source = None, f"{name}={source}"
-        need(source, f"no source in {part!r} of {spec!r} ([name=]source[:weight],... as cpp:0.9,python:0.1)")
-        if weight is not None:
-            with refuse(f"weight {weight!r} of {source!r}", f"a number, such as {source}:0.5"):
-                weight = float(weight)
-            need(0 <= weight <= 1e9, f"weight {weight:g} of {source!r} (from 0 to 1e9; 0 only evaluates)")
-        stem = Path(re.split(r"[*?[]", source)[0]).absolute().stem  # of a glob: what stands before the wildcards
-        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight, list_files(source)))
-    names, _, weights, _ = zip(*corpora)
-    twice, times = Counter(names).most_common(1)[0]
-    need(times == 1, f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
-    if {*weights} != {None}:
-        need(None not in weights, f"a weight for some corpora only in {spec!r} (for all of them, or for none)")
-        need(sum(weights) > 0, f"all weights are zero in {spec!r} (one corpus at least to train on)")
-    return corpora
-
-
-def list_files(source):
-    """A source -> [(unit, path)], reading no file. A unit goes to training or to validation as a whole.
-    For a new built-in source: two lines here, a word in BUILTIN, a line in the table at the top."""
-    stdlib, path = Path(sysconfig.get_path("stdlib")), Path(source)
-    if source == "python":
-        return [(parts[0], file) for parts, file in walk(stdlib, NOT_LIBRARY, ".py")]
-    if source == "cpp":
-        headers = walk(package("torch") / "include", (), (".h", ".hpp", ".cuh"))
-        return [("/".join(parts[:-1][:2]), file) for parts, file in headers]
-    if source in ("packages", "english"):
-        roots = filter(None, map(package, PACKAGES))
-        files = [(f"{root.name}/{parts[0]}", file) for root in roots for parts, file in walk(root, TESTS, ".py")]
-        return files + [("pydoc_data", stdlib / "pydoc_data/topics.py")] * (source == "english")
-    if is_ready(source):
-        meta = '{"dtype": "uint16", "vocab_size": 50257, "bytes_per_token": 4.5}'
-        right = f"nanoGPT's files for GPT-2: {meta}, the last one the bytes of your text divided by its tokens"
-        need((path / "meta.json").exists(), f"{path / 'meta.json'} is missing: it says what train.bin holds ({right})")
-        return [(name, path / name) for name in ("train.bin", "val.bin", "meta.json")]
-    if path.is_dir():
-        files = [("/".join(parts), file) for parts, file in walk(path)]
-    elif path.is_file():
-        files = [(path.name, path)]
-    else:
-        files = [(p, Path(p)) for p in sorted(glob.glob(source, recursive=True)) if os.path.isfile(p)]
-    if files:
-        return files
-    right = f"{suggest(source, BUILTIN)}, a text file, .jsonl, folder, or glob such as notes/**/*.txt"
-    raise FileNotFoundError(f"no file in {source!r} ({right})")
-
-
-def walk(root, skip=(), suffixes=""):
-    """(parts of the path below root, path) of the files in a folder, in a fixed order, without hidden ones and folders
-    called as in `skip`. OSError: a folder in it cannot be listed."""
-
-    def stop(error):  # os.walk would leave that folder out
-        raise error
-
-    for folder, folders, files in os.walk(root, onerror=stop):
-        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
-        paths = (Path(folder, f) for f in sorted(files) if f.endswith(suffixes) and not f.startswith("."))
-        yield from ((path.relative_to(root).parts, path) for path in paths if path.is_file())
-
-
-def package(name):
-    """The folder of an installed package, without importing it; None if there is none."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def is_ready(source):
-    return source not in BUILTIN and Path(source, "train.bin").exists()
-
-
-def describe(source):
-    """Where text comes from, with versions, for run.json."""
-    if source not in BUILTIN:
-        return str(Path(source).absolute())
-    packages = [p for p in BUILTIN[source] if p != "_pytest" and package(p)]
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in packages]
-    return ", ".join([f"python {platform.python_version()}", *versions])
-
-
-def read_documents(source, files, quiet=True):
-    """The files of a source -> ({what was read}, documents [(unit, text in UTF-8)]).
-
-    Empty documents and exact copies are skipped. What is not UTF-8 is skipped in a built-in source, else an error."""
-    paths = [path for _, path in files]
-    if source == "english":
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            texts = pool.map(read_docstrings, paths, chunksize=16)
-            bar = tqdm(texts, "docstrings", len(paths), unit=" files", disable=quiet or None, leave=False)
-            found = [([text], 0) for text in bar]
-    else:
-        found = [read_texts(path, skip=source in BUILTIN) for path in paths]
-    units, skipped = {}, Counter()  # {text: unit}
-    for unit, text in ((unit, text) for (unit, _), (texts, _) in zip(files, found) for text in texts):
-        if text and text.strip() and text not in units:
-            units[text] = unit
-        else:
-            skipped["not UTF-8" if text is None else "copies" if text in units else "empty"] += 1
-    need(units, f"{source} has no text ({len(files)} files, skipped: {dict(skipped)})")
-    about = {"source": describe(source), "sha256": stable_hash(*units), "files": len(files), "documents": len(units)}
-    about |= {"skipped": dict(skipped), "replaced": sum(n for _, n in found), "bytes": sum(map(len, units))}
-    return {"about": about}, [(unit, text) for text, unit in units.items()]
-
-
-def read_texts(path, skip):
-    """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: it is not UTF-8.
-
-    A document is the whole text or, in a file of JSON lines, the field "text" of each line."""
-    text = path.read_bytes()
-    try:
-        text.decode()
-        need(text.count(0) <= len(text) / 4, f"but UTF-16: {text.count(0):,} of {len(text):,} bytes are NUL")
-    except ValueError as e:
-        wrong = f"at byte {e.start}" if isinstance(e, UnicodeDecodeError) else e
-        need(skip, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
-        return [None], 0
-    if skip or not holds_json_lines(path, text):
-        return [text], 0
-    texts, replaced = [], 0
-    for number, line in enumerate(text.split(b"\n"), 1):
-        if line.strip():
-            with refuse(f"{path} line {number} has no text", 'each line: {"text": "..."}'):
-                record = json.loads(line)
-                need("text" in record, f"its fields are {', '.join(map(repr, record))}")
-                document, n = re.subn("[\ud800-\udfff]", "\ufffd", record["text"])
-                texts.append(document.encode())
-                replaced += n
-    return texts, replaced
-
-
-def holds_json_lines(path, text):
-    """Known by the ending, or by the first line: an object with a field "text" or, in .json, any object that others
-    follow."""
-    if path.suffix.lower() in LINES:
-        return True
-    first, _, rest = text.strip().partition(b"\n")
-    with suppress(ValueError, RecursionError):
-        record = json.loads(first) if first.startswith(b"{") else None
-        return isinstance(record, dict) and ("text" in record or path.suffix.lower() == ".json" and rest[:1] == b"{")
-    return False
-
-
-def read_docstrings(path):
-    """The docstrings of a Python file as one text (of Python's help topics: all texts); None if it does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            nodes = list(ast.walk(ast.parse(path.read_bytes().decode())))
-    except (SyntaxError, ValueError):
-        return None
-    if path.parent.name == "pydoc_data":
-        texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    else:
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        texts = [ast.get_docstring(n) for n in nodes if isinstance(n, documented)]
-    return "\n\n".join(filter(None, texts)).encode(errors="replace")
+TABLES = "\n".join(module.__doc__.split("\n\n")[1] for module in (sources, tokenizer))  # for --help
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,7 +367,7 @@ def main(argv=None):
         prog="data.py",
         usage="data.py SPEC [--tokenizer NAME] [--context T] [--cache FOLDER]",
         description="Prepares corpora and describes them:  python data.py cpp,mine=notes/**/*.txt --tokenizer gpt2",
-        epilog=__doc__[__doc__.index("    specification") : __doc__.index("\n\nValidation takes")],
+        epilog=TABLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -588,11 +392,12 @@ def report(corpus, tokenizer, context):
     """A corpus as a page of text."""
     about, tokens = corpus.about, len(corpus.train) + len(corpus.val)
     skipped = ", ".join(f"{n} {reason}" for reason, n in about["skipped"].items()) or "none"
+    replaced = f"; {about['replaced']:,} lone surrogates replaced" if about["replaced"] else ""
     windows, evaluated = (len(corpus.train) - 1) // context, validation_windows(corpus, context)[0].numel()
     excerpt = tokenizer.decode(corpus.val[:300]).strip().splitlines()[:8]
     lines = [
         f"\n{corpus.name}: {about['source']}",
-        f"  files            {about['files']:,} (skipped: {skipped}; lone surrogates replaced: {about['replaced']})",
+        f"  files            {about['files']:,} (skipped: {skipped}){replaced}",
         f"  text             {about['bytes']:,} bytes, sha256 {about['sha256'][:12]}",
         f"  tokens           {tokens:,} of {corpus.vocab_size:,} kinds, {corpus.bytes_per_token:.2f} bytes each",
         f"  training         {len(corpus.train):,}: {windows:,} windows of {context}",
@@ -601,7 +406,7 @@ def report(corpus, tokenizer, context):
         "  n-gram ruler     nats a token   bits a byte",
     ]
     for n, loss in enumerate(ngram_losses(corpus, context), 1):
-        lines.append(f"    {n}-gram         {loss:12.3f} {loss / math.log(2) / corpus.bytes_per_token:13.3f}")
+        lines.append(f"    {n}-gram         {loss:12.3f} {corpus.bits(loss):13.3f}")
     return "\n".join(lines)
 
 

@@ -1,97 +1,58 @@
 """Growing: a trained small model becomes a deeper or a wider one, in one step.
 
-Du et al., "Stacking Your Transformers" (2405.15319), sort the ways of growing into four operators, each along two axes.
-Growth in depth is one list of layer indices; growth in width is one matrix identity an operator.
+A large model that starts from random numbers first learns what a small one knows already. So train the small one, build
+the large one out of its weights, and train on. "Stacking Your Transformers" (2405.15319) names the ways to do it.
 
-Depth. Layer i of the grown model is layer `layers[i]` of the small one. The share of neighbours that were neighbours
-before is the connection retention, the paper's R_c:
+Depth. The new layers are a list of old ones. A factor makes the list, or `--layers` gives it.
 
-    operator, flags                    layers of the grown model              R_c
-    direct --factor 3        (L = 8)   01234567 01234567 01234567          91.3 %   stacking, G_stack: i mod L
-    direct --layers 0,0,0,1,1,1,...    000 111 222 333 444 555 666 777     30.4 %   interpolation: floor(i / 3)
-    direct --factor 4            (6)   012345 012345 012345 012345         87.0 %   (interpolated: 21.7 %)
-    direct --layers 0-5,2-5,...,4-5    012345 2345 2345 2345 2345 45       78.3 %   partial stacking
-    direct --layers 0-23,8-31          0 ... 23 8 ... 31                   97.9 %   SOLAR (2312.15166)
-    zero   --factor 1.25         (8)   0123 3' 4567 7'                     77.8 %   LLaMA-Pro (2401.02415)
-    zero   --factor 2            (3)   0 0' 1 1' 2 2'                      40.0 %   G_zero
-    random --factor 2            (3)   0 * 1 * 2 *                                  * a block of random numbers
-    learn  --factor 2            (3)   six sums over 0 1 2                          LiGO (2303.00980)
+    direct    0 1 2 0 1 2       The stack again: another function, and yet the best start, the paper finds.
+    zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
+    random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
 
-Direct is not the small model's function and starts with a higher loss; the paper finds it the best of all even so
-(scratch costs 49 % more FLOPs to the same loss, at 1.1 B parameters), and interpolation worse in the end. In zero, a
-block marked ' is a copy that adds nothing yet: its o_proj and every down_proj are 0. What these read is not 0, so they
-learn from the first step (a gain of 0 would leave nothing to learn from). `--layers` with zero and random: the later
-ones of equal indices are the new blocks.
+Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay.
 
-Width. d becomes D = k d: hidden size, heads, key-value heads and MLP grow by one factor k, `--factor`; head_dim,
-vocabulary and number of experts stay. c is a mask that opens from 0 to 1; open = d + c (D - d).
+    direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]
+    zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
+    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1], open = d + c (D - d)
 
-    direct  x' = [x, x]   W' = [a U, (1 - a) U], U = [W; W]   gain' = [gain, gain]                k = 2; or 3, 4, ...
-    zero    x' = [x, 0]   W' = [[W, A], [0, C]]         gain' = [gain / sqrt(k), 1]   eps' = eps / k
-    random  x' = [x, 0]   W' = [[W, c A], [c B, c C]]   gain' = sqrt(open / D) [gain, 1]   eps' = eps / k
-    learn   x' = B x      W' = B_out W B_in^T           gain' = B gain
+W is any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as those of W.
 
-Direct copies what a matrix puts out and divides what it reads; the shares a are drawn for every entry. One share for
-all would give copies proportional gradients, and Adam, blind to scale, would keep them copies. In zero, new dimensions
-write to old ones (A), but old ones not yet to new: the first step moves the zeros of v_proj, o_proj and down_proj, the
-next ones all the rest. A and C, and B in random, are drawn with the root mean square of W.
+Direct by hand, for k = 2. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
-Direct in width, zero, and random as long as c is 0 keep the function: logits within 1e-5 in fp32, 1e-10 in fp64.
+    a = 1/4  1/2      a U = 1/4   1      (1 - a) U = 3/4   1
+        1/2  1/4            3/2   1                  3/2   3       W' x' = [a U, (1 - a) U] (1, 1, 1, 1)
+        1/2  3/4            1/2  3/2                 1/2  1/2            = (3, 7, 3, 7) = [W x, W x]
+        1/4  1/2            3/4   2                  9/4   2
 
-Random hides what it adds behind the mask (MSG, 2305.02869): y = x + c f(x) for a new block, so c stands on its o_proj
-and down_proj; in width on every entry with a new row or a new column, as new heads and neurons write to old dimensions
-too. The norms are over the open dimensions, which is RMSNorm over all D times sqrt(open / D). `grow.py` writes the
-folder at c = 0; `train.py --init FOLDER --mask-steps N` draws what is behind the mask from the seed in run.json and
-opens it in N updates (`Mask`). The optimizer updates raw weights, kept in trainer.pt; a folder holds c times raw.
-
-Learn takes a few steps of Adam (LiGO: SGD) on the maps, on real text, then forgets them. In depth each of a block's
-tensors has its own weights over the old layers, at the start the stack plus noise. In width one B stands for the
-residual stream, others for each layer's MLP and heads, at the start [I; noise]; o_proj reads by the map of v_proj.
-
-What the papers do not say, or print otherwise:
-- Direct's gain is printed as sqrt(d/D) [gain, gain]. Copies do not change the root mean square: that factor makes all
-  that a block reads too small, by sqrt(k). If D is no multiple of d no gain is exact: refused.
-- Zero's gain, sqrt(d/D), is right as printed (the official code has d/D), and exact only with eps' = eps d/D.
-- config.json has one eps for all norms, and those of QK-norm are over a head, which does not grow: zero and random
-  also scale q_proj and k_proj by sqrt(d/D).
-- A tied embedding cannot be copied and divided at once: direct divides the last norm's gain in place of the head.
-- A router's rows all get the same shares: equal ones (after upcycling) stay so, ties go to the same expert.
-- LiGO has no rotary positions and no groups: here a head is mapped whole, so that rotary pairs stay pairs. Its head is
-  printed as W B: it is W B^T.
-- Products do not fit into bf16 (0.04 on the logits): width and learn write fp32. Depth copies, in the source's dtype.
-
-The paper's factor g is a ratio of parameters without embeddings: `--factor` for depth, about its square for width.
-When to grow, and by how much: `python laws.py optimal stacking --N 8e9 --D 15e12`. The optimizer starts new.
-
-Left out on purpose: several hops (worse than one, says the paper), a factor of its own for each width, more experts
-(upcycle.py), copies of Adam's moments, and copying part of a width (bert2BERT: D no multiple of d, not exact).
+All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp64 (random: as long as c is 0).
 
     python grow.py SRC DST --axis depth --operator direct --factor 4           # G_stack: the whole stack, four times
     python grow.py SRC DST --axis depth --operator direct --layers 0-23,8-31   # SOLAR: ranges include both ends
     python grow.py SRC DST --axis depth --operator zero --factor 1.25          # LLaMA-Pro: blocks that add nothing yet
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
     python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
-    python grow.py SRC DST --axis depth --operator learn --factor 2            # LiGO; reads the text SRC has read
 
-Try:
-  1. `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base`, then stack it (--factor 2), interpolate it
-     (--layers 0,0,1,1) and grow it with zero (--factor 2). Which has the lowest loss at once (`python train.py --init
-     FOLDER --tokens 0`), which after 2e5 tokens more? (At once 2.193, 2.178 and, as the base, 2.119; then 2.034, 2.030
-     and 1.976, but 1.981 for the base left small, at half the cost: a base of 6e5 tokens is not worth stacking yet.)
-  2. Write the printed gain of width-direct into `direct`: `return t.repeat(k) * k**-0.5`, and evaluate that folder.
-     (2.300 in the place of 2.119: every block, and the head, now reads numbers too small by sqrt(2).)
-  3. Set SPREAD to 0, grow out/base with width-direct, train for 1e5 tokens and compare the halves of the embedding:
-     `a, b = model.load(FOLDER).model.embed_tokens.weight.chunk(2, -1)`. (They are equal to the last bit: the copies got
-     the same gradients and remained copies. With SPREAD 0.5 they differ by 18 % in norm.)
+Left out: several hops (worse than one, says the paper), Adam's moments, and copies of a part of the width (bert2BERT,
+not exact). upcycle.py makes more experts, ligo.py learns how to grow.
+
+Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
+  1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once, which after 2e5
+     tokens? `python train.py --init FOLDER --tokens 0` evaluates. (At once 2.193, 2.178, 2.119; then 2.034, 2.030,
+     1.976. The base left small has 1.981 by then, at half the cost: it was too early to grow.)
+  2. The paper prints the gain of width-direct times sqrt(d / D). Write so: `copy = lambda g: g.repeat(k) * k**-0.5`.
+     (2.300 in the place of 2.119. Copies have the root mean square of x: now each block reads too small numbers.)
+  3. Set SPREAD to 0, grow with width-direct, train for 1e5 tokens and compare the halves of the embedding:
+     `a, b = checkpoint.load(FOLDER).model.embed_tokens.weight.chunk(2, -1)`. (Equal to the last bit: the copies got the
+     same gradients. With SPREAD 0.5 they differ by 18 % in norm.)
 """
 
 import argparse
-import dataclasses
 import math
-import os
 import re
 import signal
 import sys
+from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 
 if __name__ == "__main__":
@@ -99,18 +60,47 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
-from tqdm import tqdm
+from safetensors import SafetensorError
 
-import data
+import checkpoint
 import model
+from checkpoint import at_layer, place, unpack
+from operators import SHARD_SIZE, Operator, apply_to_folder, apply_to_module
 
-AXES, OPERATORS = ("depth", "width"), ("direct", "zero", "random", "learn")
-SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
+AXES = ("depth", "width")
 INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
-WRITERS = ("o_proj", "down_proj")  # the matrices through which a block writes to the residual stream
-FIXED = ("embed_tokens", "lm_head", "gate")  # rows are words or experts: their number does not grow
-LEARN_RATE = 2e-3
+SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
+
+ROLES = {  # every tensor that a model may have, and what growth sees in it
+    "embed_tokens.weight": "embedding", "lm_head.weight": "words", "norm.weight": "last gain",
+    "input_layernorm.weight": "gain", "post_attention_layernorm.weight": "gain",
+    "q_norm.weight": "head gain", "k_norm.weight": "head gain",
+    "q_proj.weight": "scores", "k_proj.weight": "scores", "v_proj.weight": "reader", "o_proj.weight": "writer",
+    "q_proj.bias": "bias", "k_proj.bias": "bias", "v_proj.bias": "bias",
+    "gate_proj.weight": "reader", "up_proj.weight": "reader", "down_proj.weight": "writer", "gate.weight": "router",
+}  # fmt: skip
+
+
+def look_up(table, name):
+    """The entry of a table such as ROLES for the tensor of that name. Raises ValueError if there is none."""
+    _, _, matrix, kind = place(name)
+    if f"{matrix}.{kind}" not in table:
+        raise ValueError(f"growth does not know the tensor {name} (one line for {matrix}.{kind} in each table of it)")
+    return table[f"{matrix}.{kind}"]
+
+
+role = partial(look_up, ROLES)
+same = lambda t: t
+
+
+def random_numbers(name, shape, seed, like):
+    """Normal numbers for the tensor of that name, as large as those of `like`; the same ones wherever it is made."""
+    layer, expert, matrix, _ = place(name)
+    rms = like.double().square().mean().sqrt().item()
+    return model.normal(shape, rms, seed, -1 if layer is None else layer, expert or 0, f"grow {matrix}").to(like)
+
+
+# ---- what grows -----------------------------------------------------------------------------------------------------
 
 
 def whole(name, size, factor):
@@ -121,7 +111,7 @@ def whole(name, size, factor):
 
 def layer_map(L, operator, factor, layers=None):
     """The list that growth in depth is: new layer i copies layer list[i] of L; `layers`, if given, after a check.
-    direct, learn: i mod L. zero, random: new ones follow a layer, spread evenly over the layers. Raises ValueError."""
+    zero and random put the new ones behind old ones, evenly spread; the others repeat the stack. Raises ValueError."""
     if layers is None:
         n = whole("num_hidden_layers", L, factor)
         return [((i + 1) * L - 1) // n if operator in INSERTING else i % L for i in range(n)]
@@ -131,21 +121,21 @@ def layer_map(L, operator, factor, layers=None):
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
     if operator in INSERTING and list(dict.fromkeys(layers)) != list(range(L)):
-        why = f"keeps the function only if 0-{L - 1} first occur all and in order (or direct)"
-        raise ValueError(f"operator {operator} {why}")
+        right = f"0-{L - 1} first occur all and in order (or direct)"
+        raise ValueError(f"operator {operator} keeps the function only if {right}")
     return list(layers)
 
 
 def retention(layers):
-    """R_c: the share of adjacent pairs of the grown model that were adjacent in the small one."""
+    """R_c of the paper: the share of neighbours in the grown model that were neighbours in the small one."""
     return sum(b == a + 1 for a, b in zip(layers, layers[1:])) / (len(layers) - 1)
 
 
 def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """What run.json says of growing the model of `config`: factor and layers resolved, width without layers.
     Raises ValueError."""
-    if axis not in AXES or operator not in OPERATORS:
-        raise ValueError(f"axis {axis!r}, operator {operator!r} ({' or '.join(AXES)}; {' or '.join(OPERATORS)})")
+    if axis not in AXES:
+        raise ValueError(f"axis is {axis!r} ({' or '.join(AXES)})")
     if axis == "width" and layers is not None:
         raise ValueError("layers are for depth (width takes a factor)")
     if layers is None and not 1 < factor <= 1000:
@@ -159,355 +149,214 @@ def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None,
     return {"step": "grow", "axis": axis, "operator": operator, "factor": factor, "layers": layers, "seed": seed}
 
 
-def grown_config(c, step):
-    """The Config of the model that growing one of Config c by a lineage step gives. Raises ValueError."""
-    if step["axis"] == "depth":
-        big = dataclasses.replace(c, num_hidden_layers=len(step["layers"]))
+def grown_config(config, entry):
+    """The Config that a model of Config `config` gets by an entry of the lineage. Raises ValueError."""
+    if entry["axis"] == "depth":
+        grown = replace(config, num_hidden_layers=len(entry["layers"]))
     else:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        big = dataclasses.replace(c, **{n: whole(n, getattr(c, n), step["factor"]) for n in names})
-        if step["operator"] in INSERTING:
-            big.rms_norm_eps = c.rms_norm_eps / step["factor"]
-    big.check()
-    return big
+        grown = replace(config, **{n: whole(n, getattr(config, n), entry["factor"]) for n in names})
+        if entry["operator"] in INSERTING:  # k times the numbers with the same sum of squares: eps shrinks alike
+            grown.rms_norm_eps = config.rms_norm_eps / entry["factor"]
+    grown.check()
+    return grown
 
 
-def place(name):
-    """(matrix, layer, expert) of a public name; layer -1 outside the layers, expert 0 outside the experts."""
-    parts = name.split(".")
-    matrix = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(parts[-2], parts[-2])  # Mixtral's names
-    return matrix, int(parts[2]) if ".layers." in name else -1, int(parts[-3]) if ".experts." in name else 0
+# ---- the formulas: name of a new tensor -> names of the old ones, and a function of them (see operators.py) ---------
 
 
-def origin(name, layers):
-    """(public name of the source's tensor that `name` copies, whether its layer is a later copy) in depth."""
-    layer = place(name)[1]
-    if layer < 0:
-        return name, False
-    return name.replace(f".{layer}.", f".{layers[layer]}.", 1), layers[layer] in layers[:layer]
+def is_added(name, layers):
+    """Whether the tensor lies in a layer whose original occurs before it in the list."""
+    layer = place(name).layer
+    return layer is not None and layers[layer] in layers[:layer]
 
 
-def formula(name, c, step):
-    """(source's tensor, function of it): what makes tensor `name` of the grown model, under public names, by every
-    operator but learn. c: Config of the small model."""
-    matrix, layer, expert = place(name)
-    operator, k = step["operator"], step["factor"]
-
-    def draw(*shape, std=1.0):
-        return model.normal(shape, std, step["seed"], layer, expert, f"grow {matrix}")
-
-    if step["axis"] == "depth":
-        source, again = origin(name, step["layers"])
-        if again and operator in INSERTING and matrix in WRITERS:
-            return source, torch.zeros_like  # of random, `Mask` draws them
-        if again and operator == "random":
-            return source, lambda t: draw(*t.shape, std=rms(t)).to(t) if t.dim() > 1 else torch.ones_like(t)
-        return source, lambda t: t
-    if matrix in ("q_norm", "k_norm"):  # gains of a head: head_dim stays
-        return name, lambda t: t.to(wide(t.dtype))
-    if operator == "direct":
-        return name, lambda t: direct(t.to(wide(t.dtype)), matrix, k, draw, c)
-    noise = {"zero": draw, "random": lambda *shape, std: torch.zeros(shape)}[operator]  # of random, `Mask` draws it
-    return name, lambda t: zero(t.to(wide(t.dtype)), matrix, k, noise, c)
+def depth(name, entry, config):
+    """Layer i is layer list[i]. What zero and random add is silent at first: what it writes with is 0."""
+    layer, layers, what = place(name).layer, entry["layers"], role(name)
+    names = [name if layer is None else at_layer(name, layers[layer])]
+    if not is_added(name, layers):
+        return names, same
+    fresh = lambda W: random_numbers(name, W.shape, entry["seed"], like=W)
+    zeros, ones = torch.zeros_like, torch.ones_like
+    drawn = {"scores": fresh, "reader": fresh, "router": fresh, "bias": zeros, "gain": ones, "head gain": ones,
+             "writer": zeros}[what]  # fmt: skip  # `Mask` draws the writers
+    copied = zeros if what == "writer" else same
+    return names, {"direct": same, "zero": copied, "random": drawn}[entry["operator"]]
 
 
-def rms(t):
-    return t.double().square().mean().sqrt().item()
+def width_direct(name, entry, config):
+    """x' = [x, x]: what a matrix puts out is copied, and what it reads is divided among the copies."""
+    k = entry["factor"]
+
+    def divide(U, shape=None):
+        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. One a for all entries would make the gradients
+        of the copies proportional. Adam is blind to scale: it would leave them copies for ever."""
+        spread = random_numbers(name, (k - 1, *(shape or U.shape)), entry["seed"], like=U.new_ones(1))
+        shares = (1 + SPREAD * spread) / k
+        return torch.cat([U * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
+
+    tied = config.tie_word_embeddings  # then the head is a copy too, and the gain before it is divided in its place
+    copy = lambda g: g.repeat(k)  # not sqrt(d/D) [gain, gain], as printed: copies keep the root mean square
+    matrix = lambda W: divide(W.repeat(k, 1))
+    return [name], {
+        "embedding": lambda W: W.repeat(1, k), "words": divide,
+        "router": lambda W: divide(W, W.shape[1:]),  # one row of shares for all: experts that tie go on to tie
+        "scores": matrix, "reader": matrix, "writer": matrix,
+        "bias": copy, "gain": copy, "last gain": divide if tied else copy,
+        "head gain": same,  # it is as long as a head, and heads do not grow
+    }[role(name)]  # fmt: skip
 
 
-def wide(dtype):
-    return torch.promote_types(dtype, torch.float32)
+def width_insert(name, entry, config):
+    """x' = [x, 0]: new dimensions write to old ones (A) and to new ones (C), old ones do not yet write to new ones. The
+    first update moves the 0 of v_proj, o_proj and down_proj, the next ones all others. Of random A and C are 0 too."""
+    k = entry["factor"]
+    shrink = math.sqrt(1 / k)  # sqrt(d/D): of [x, 0] the mean square is d/D of that of x (the official code has d/D)
+
+    def border(W, scale=1.0, more_rows=True):
+        """[[W, A], [0, C]]. W (out, in)"""
+        rows, columns = W.shape
+        shape = round(rows * k) if more_rows else rows, round(columns * k)
+        if entry["operator"] == "zero":
+            bordered = random_numbers(name, shape, entry["seed"], like=W)
+        else:
+            bordered = W.new_zeros(shape)  # of random, `Mask` draws them
+        bordered[:rows, :columns] = W * scale
+        bordered[rows:, :columns] = 0
+        return bordered
+
+    pad = lambda t: F.pad(t, (0, round(t.shape[-1] * k) - t.shape[-1]))
+    gain = lambda g: torch.cat((g * shrink, g.new_ones(round(len(g) * k) - len(g))))
+    wider = partial(border, more_rows=False)
+    # QK-norm is over a head, which stays, but config.json has one eps' = eps / k for all norms: q and k shrink with it.
+    scores = partial(border, scale=shrink) if config.qk_norm else border
+    return [name], {
+        "embedding": pad, "words": wider, "router": wider,
+        "scores": scores, "reader": border, "writer": border,
+        "bias": pad,  # new heads put out nothing
+        "gain": gain, "last gain": gain, "head gain": same,
+    }[role(name)]  # fmt: skip
 
 
-def direct(t, matrix, k, draw, c):
-    """W' = [a_1 U, ..., a_k U], U = k copies of W, one below the other, and a_1 + ... + a_k = 1 for each entry.
-    Outputs that do not grow (the head's words, the router's experts) are not copied."""
-    if matrix == "embed_tokens":
-        return t.repeat(1, k)
-    if t.dim() == 1 and not (matrix == "norm" and c.tie_word_embeddings):
-        return t.repeat(k)
-    U = t.repeat(k, 1) if t.dim() == 2 and matrix not in FIXED else t
-    shape = U.shape[1:] if matrix == "gate" else U.shape  # of the router, all rows get the same shares
-    a = (1 + SPREAD * draw(k - 1, *shape).to(t)) / k
-    return torch.cat([U * a_j for a_j in (*a, 1 - a.sum(0))], dim=-1)
+FORMULAS = {
+    ("depth", "direct"): depth, ("depth", "zero"): depth, ("depth", "random"): depth,
+    ("width", "direct"): width_direct, ("width", "zero"): width_insert, ("width", "random"): width_insert,
+}  # fmt: skip
+OPERATORS = tuple(dict.fromkeys(operator for _, operator in FORMULAS))
 
 
-def zero(t, matrix, k, draw, c):
-    """W' = [[W, A], [0, C]]. The embedding's A is 0; the head and the router have no rows below. random: A = C = 0."""
-    shrink = math.sqrt(1 / k)  # sqrt(d/D)
-    if t.dim() == 1:
-        return torch.cat((t * shrink, t.new_ones(round(len(t) * k) - len(t))))
-    rows, columns = t.shape
-    std = 0.0 if matrix == "embed_tokens" else rms(t)
-    new = draw(rows if matrix in FIXED else round(rows * k), round(columns * k), std=std).to(t)
-    new[:rows, :columns] = t * shrink if c.qk_norm and matrix in ("q_proj", "k_proj") else t
-    new[rows:, :columns] = 0
-    return new
+def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
+    """What grows a model of Config `config`: its operators.Operator. Raises ValueError for what cannot be built, or not
+    exactly where it is promised."""
+    entry = lineage_step(config, axis, operator, factor, layers, seed)
+    if (axis, operator) not in FORMULAS:
+        raise ValueError(f"operator is {operator!r} ({', '.join(OPERATORS)})")
+    formula = partial(FORMULAS[axis, operator], entry=entry, config=config)
+    # Depth copies. Width makes products, which bf16 does not hold (0.04 on the logits).
+    dtype = same if axis == "depth" else partial(torch.promote_types, torch.float32)
+    return Operator(grown_config(config, entry), formula, entry, dtype)
 
 
-# ---- a module in memory ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
 def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1):
     """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see Mask).
     layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32.
-    Raises ValueError for what cannot be built, or not exactly where the operator promises it. `grow_folder` gives the
-    same weights, bit for bit."""
-    if operator == "learn":
-        raise ValueError("operator learn needs text (grow.learn, or the command)")
-    step = lineage_step(module.config, axis, operator, factor, layers, seed)
-    c = grown_config(module.config, step)
-    old = dict(model.public_tensors(module.config, module.state_dict()))
-    weight = module.model.embed_tokens.weight
-    with torch.device("meta"):
-        new = model.Transformer(c).to(wide(weight.dtype) if axis == "width" else weight.dtype)
-    new.to_empty(device=weight.device)
-    if c.tie_word_embeddings:
-        new.lm_head.weight = new.model.embed_tokens.weight
-    for name, view in model.public_tensors(c, new.state_dict()):
-        source, make = formula(name, module.config, step)
-        view.copy_(make(old[source]))
-    return new.train(module.training)
+    Raises ValueError as `growth`. `grow_folder` gives the same weights, bit for bit."""
+    return apply_to_module(module, growth(module.config, axis, operator, factor, layers, seed))
+
+
+def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard_size=SHARD_SIZE):
+    """The checkpoint folder `source`, or the public model of that name, grown, as the new folder `target`, a tensor at
+    a time. Returns a line about it. Raises ValueError, FileNotFoundError or OSError, and then leaves no part of it."""
+    source = checkpoint.find(source)
+    small = checkpoint.read_config(source)
+    how = growth(small, axis, operator, factor, layers, seed)
+    _, stored = checkpoint.locate(source, small)
+    dtype, _ = apply_to_folder(source, target, how, source_tokens, shard_size)
+    return describe(target, how.config, how.entry, stored, dtype)
+
+
+def describe(target, config, entry, stored, dtype):
+    kept = f"{dtype} as in the source" if dtype == stored else f"{dtype}: not exact in the source's {stored}"
+    pairs = f", R_c {retention(entry['layers']):.1%}" if entry["axis"] == "depth" else ""
+    return f"{target}: {config.num_hidden_layers} layers of width {config.hidden_size}{pairs}, {kept}"
 
 
 # ---- random: the mask -----------------------------------------------------------------------------------------------
 
 
 class Mask:
-    """Opens what operator random has closed, in `updates` updates: `train.py --mask-steps`.
+    """Opens what operator random has closed, in `updates` updates: `train.py --mask-steps` (MSG, 2305.02869).
 
-    module: as grown, at c = 0. step: the entry of its lineage that grew it. The optimizer updates raw weights, the
-    forward pass uses mask x raw; torch's parametrisation does that from outside, and model.py knows nothing of it.
-    draw: draw the raw weights behind the mask (not if `module` holds them, as in a resumed run)."""
+    module: as grown, at c = 0. entry: that of its lineage that grew it. draw: draw the raw numbers behind the mask (not
+    if `module` holds them, as in a resumed run). The optimizer and a state dict see raw numbers, under the usual names.
+    The forward pass sees mask x raw: a masked layer gets a class of its own, in which its `weight` is a property."""
 
-    def __init__(self, module, step, updates, draw=True):
-        self.module, self.updates, self.masked, closed = module, updates, [], {}
+    def __init__(self, module, entry, updates, draw=True):
+        self.module, self.entry, self.updates, self.masked = module, entry, updates, []
         self.c = torch.zeros_like(module.lm_head.weight[0, 0])
         state = module.state_dict()
-        old = dict(model.public_tensors(module.config, state))
-        for name, t in state.items():
-            closed[name] = torch.zeros_like(t, dtype=torch.bool)
-            for public, new in model.public_tensors(module.config, {name: closed[name]}):
-                self.close(public, new, step)
-                if draw and new.any():
-                    self.draw(public, new, old, step)
+        closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
+        tensors = dict(unpack(module.config, state))
+        for name, where in unpack(module.config, closed):
+            self.close(name, where)
+            if draw and where.any():
+                self.fill(name, where, tensors)
         if module.config.tie_word_embeddings:
             closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
-        for name in state:
-            if closed[name].any():
+        for name, where in closed.items():
+            if where.any():
                 owner, _, attribute = name.rpartition(".")
-                opening = Opening(closed[name], self.c, step["factor"])
-                parametrize.register_parametrization(module.get_submodule(owner), attribute, opening)
-                self.masked.append((module.get_submodule(owner), attribute))
+                self.hide(module.get_submodule(owner), attribute, where)
 
-    @staticmethod
-    def close(name, new, step):
-        """Sets `new`, False in the shape of tensor `name`, to True where operator random has added something."""
-        matrix, k = place(name)[0], step["factor"]
-        if step["axis"] == "depth":
-            new[:] = origin(name, step["layers"])[1] and matrix in WRITERS
-        elif matrix not in ("q_norm", "k_norm"):
-            new[..., round(new.shape[-1] / k) :] = True  # columns, or gains
-            if new.dim() > 1 and matrix not in FIXED:
-                new[round(len(new) / k) :] = True  # rows
+    def close(self, name, where):
+        """Sets `where`, False in the shape of tensor `name`, to True where operator random has added something."""
+        k, what = self.entry["factor"], role(name)
+        if self.entry["axis"] == "depth":
+            where[:] = what == "writer" and is_added(name, self.entry["layers"])
+        elif what != "head gain":
+            where[..., round(where.shape[-1] / k) :] = True  # columns; of a vector, its new entries
+            if what in ("scores", "reader", "writer"):
+                where[round(len(where) / k) :] = True  # rows
 
-    @staticmethod
-    def draw(name, new, old, step):
-        """Draws the raw numbers of tensor `name` where `new`: normal ones as large as those they join, gains of 1."""
-        (matrix, layer, expert), layers, raw = place(name), step["layers"], old[name]
-        if raw.dim() == 1:
-            raw *= math.sqrt(step["factor"])  # Opening divides by it again, for as long as c is 0
-            raw[new] = 1
-            return
-        like = raw[~new]
-        if step["axis"] == "depth":
-            like = old[name.replace(f".{layer}.", f".{layers.index(layers[layer])}.", 1)]
-        fresh = model.normal(raw.shape, rms(like), step["seed"], layer, expert, f"grow {matrix}")
-        raw[new] = fresh.to(raw)[new]
+    def fill(self, name, where, tensors):
+        """Draws what lies behind the mask: numbers as large as those they join, gains of 1. Biases stay 0."""
+        t, layers = tensors[name], self.entry["layers"]
+        match role(name):
+            case "bias":
+                return
+            case "gain" | "last gain":
+                t *= math.sqrt(self.entry["factor"])  # the mask divides by it again, for as long as c is 0
+                t[where] = 1
+            case _:
+                like = t[~where]
+                if layers:  # a block that is all new: like the one that it follows
+                    like = tensors[at_layer(name, layers.index(layers[place(name).layer]))]
+                t[where] = random_numbers(name, t.shape, self.entry["seed"], like)[where]
+
+    def hide(self, owner, attribute, where):
+        """From now on owner.attribute is mask x raw."""
+        c, k, plain = self.c, self.entry["factor"], type(owner)
+
+        def masked(self):
+            raw = self._parameters[attribute]
+            if isinstance(self, model.RMSNorm):
+                return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): the norm is over the open dimensions
+            return torch.where(where, c * raw, raw)
+
+        owner.__class__ = type(plain.__name__, (plain,), {attribute: property(masked)})
+        self.masked.append((owner, plain))
 
     def open(self, update):
-        """c = update / updates, what it is after so many updates. At 1 mask x raw is raw, and the mask is gone."""
+        """Sets c to what it is after so many updates. At c = 1 mask x raw is raw, and the mask goes away."""
         self.c.fill_(min(1.0, update / self.updates))
-        if update >= self.updates:
-            for owner, attribute in self.masked:
-                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
-            self.masked = []
+        while self.masked and update >= self.updates:
+            owner, plain = self.masked.pop()
+            owner.__class__ = plain
 
     def effective(self):
         """{parameter: mask x raw}, what a folder holds."""
-        return {plain(name): attrgetter(plain(name))(self.module) for name in self.module.state_dict()}
-
-
-class Opening(torch.nn.Module):
-    """raw -> mask x raw: c where `closed`, else 1; gains times sqrt(open / D), with open / D = (1 + c (k - 1)) / k."""
-
-    def __init__(self, closed, c, k):
-        super().__init__()
-        self.closed, self.c, self.k = closed, c, k
-
-    def forward(self, raw):
-        if raw.dim() == 1:
-            return raw * ((1 + self.c * (self.k - 1)) / self.k).sqrt()
-        return torch.where(self.closed, self.c * raw, raw)
-
-
-def plain(name):
-    """A parameter's name without what torch's parametrisation adds to it."""
-    return name.replace("parametrizations.", "").removesuffix(".original")
-
-
-# ---- learn: LiGO ----------------------------------------------------------------------------------------------------
-
-SIDES = {  # tensor: (map of what it puts out, map of what it reads); "": none
-    "embed_tokens": ("", "hidden"), "lm_head": ("", "hidden"), "gate": ("", "hidden"),
-    "q_proj": ("q", "hidden"), "k_proj": ("k", "hidden"), "v_proj": ("v", "hidden"), "o_proj": ("hidden", "mixed"),
-    "gate_proj": ("mlp", "hidden"), "up_proj": ("mlp", "hidden"), "down_proj": ("hidden", "mlp"),
-    "input_layernorm": ("hidden", ""), "post_attention_layernorm": ("hidden", ""), "norm": ("hidden", ""),
-    "q_norm": ("", ""), "k_norm": ("", ""),
-}  # fmt: skip
-
-
-def maps_of_depth(old, c, big, step):
-    """Each new layer is a sum over the old ones, with weights of its own for each of a block's tensors."""
-    start = F.one_hot(torch.tensor(step["layers"]), c.num_hidden_layers).float()
-    kinds = [n.removeprefix("model.layers.0.") for n in old if ".layers.0." in n]
-    maps = {kind: start + 0.03 * model.normal(start.shape, 1, step["seed"], -1, 0, f"learn {kind}") for kind in kinds}
-
-    def combine():
-        new = {n: t for n, t in old.items() if ".layers." not in n}
-        for kind, weights in maps.items():
-            layers = torch.stack([old[f"model.layers.{j}.{kind}"] for j in range(c.num_hidden_layers)])
-            new |= {f"model.layers.{i}.{kind}": t for i, t in enumerate(torch.tensordot(weights, layers, 1))}
-        return new
-
-    return maps, combine
-
-
-def maps_of_width(old, c, big, step):
-    """W' = B_out W B_in^T, with B [I; noise] at the start: one for the residual stream, the others for each layer. A
-    head goes as a whole, so that rotary pairs stay pairs; o_proj reads what v_proj puts out, group by group."""
-    sizes = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
-    sizes["mlp"] = c.intermediate_size // c.granularity
-    maps = {}
-    for i in range(-1, c.num_hidden_layers):
-        for side, d in (sizes if i >= 0 else {"hidden": c.hidden_size}).items():
-            D = whole(side, d, step["factor"])
-            noise = model.normal((D - d, d), D**-0.5, step["seed"], i, 0, f"learn {side}")
-            maps[side, i] = torch.cat([torch.eye(d), noise])
-    head, group = torch.eye(c.head_dim), torch.eye(c.num_attention_heads // c.num_key_value_heads)
-
-    def side(name, layer):
-        if name == "mixed":
-            return torch.kron(maps["v", layer], torch.kron(group, head))
-        if name in ("q", "k", "v"):
-            return torch.kron(maps[name, layer], head)
-        return maps[name, -1 if name == "hidden" else layer]
-
-    def combine():
-        new = {}
-        for name, t in model.public_tensors(c, old):
-            matrix, layer, _ = place(name)
-            out, read = SIDES[matrix]
-            t = side(out, layer) @ t if out else t
-            new[name] = t @ side(read, layer).T if read else t
-        return model.private_tensors(big, new)
-
-    return maps, combine
-
-
-def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN_RATE):
-    """A model grown by LiGO (2303.00980), fp32: its weights are linear maps of those of `module`. The maps are learned
-    on `batches`, pairs (ids, targets) (B, T), an Adam step each, and then discarded. Raises ValueError as `grow`."""
-    step = lineage_step(module.config, axis, "learn", factor, layers, seed)
-    c, big = module.config, grown_config(module.config, step)
-    old = {n: t.detach().float() for n, t in module.state_dict().items()}
-    if c.tie_word_embeddings:  # one tensor, or functional_call finds two for one parameter
-        old["lm_head.weight"] = old["model.embed_tokens.weight"]
-    maps, combine = (maps_of_depth if axis == "depth" else maps_of_width)(old, c, big, step)
-    with torch.device("meta"):
-        new = model.Transformer(big)
-    optimizer = torch.optim.Adam([t.requires_grad_() for t in maps.values()], lr=lr)
-    for ids, targets in batches:
-        _, loss, aux = torch.func.functional_call(new, combine(), (ids, targets))
-        if aux:
-            loss = loss + c.balance_coef * aux["balance_loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():  # the last weights are copied, and the maps forgotten
-        new = model.assemble(big, {n: t.clone() for n, t in combine().items()})
-    return new.train(module.training)
-
-
-# ---- a folder -------------------------------------------------------------------------------------------------------
-
-
-def grow_folder(source, target, axis, operator, factor, layers, seed, source_tokens=None, shard_size=model.SHARD_SIZE,
-                **learning):  # fmt: skip
-    """The checkpoint folder `source`, grown, as the new folder `target`, a tensor at a time (learn: all in memory).
-    learning: the other arguments of `learn_on_text`. Returns one line about it. Raises ValueError, FileNotFoundError or
-    OSError, and then leaves no part of it."""
-    small = model.read_config(source)
-    step = lineage_step(small, axis, operator, factor, layers, seed)
-    c = grown_config(small, step)
-    (found, stored), (tokenizer, lineage) = model.inspect(source, small), model.read_lineage(source, source_tokens)
-    dtype = torch.float32 if operator == "learn" else wide(stored) if axis == "width" else stored
-
-    if operator == "learn":
-        if os.path.lexists(target):  # asked again when it is written; but learning takes a while
-            raise ValueError(f"{target} exists (another name; nothing is overwritten)")
-        state = learn_on_text(source, step, lineage, **learning).state_dict()
-    else:
-        with torch.device("meta"):
-            state = model.Transformer(c).state_dict()
-
-    def made(name):
-        old, make = formula(name, small, step)
-        return make(next(model.read_tensors({old: found[old]}))[1])
-
-    stream = (t if operator == "learn" else made(name) for name, t in model.public_tensors(c, state))
-    run = {"tokenizer": tokenizer, "lineage": [*lineage, step]}
-    model.write_folder(source, target, c, dtype, stream, run, shard_size)
-    kept = f"{dtype} as in the source" if dtype == stored else f"{dtype}: not exact in the source's {stored}"
-    pairs = f", R_c {retention(step['layers']):.1%}" if axis == "depth" else ""
-    return f"{target}: {c.num_hidden_layers} layers of width {c.hidden_size}{pairs}, {kept}"
-
-
-def learn_on_text(source, step, lineage, spec=None, steps=100, batch_tokens=4096, lr=LEARN_RATE):
-    """`learn` for the folder `source` on `steps` batches of the text of `spec`, by default what its last training read,
-    going on where that stopped. Adds to `step` what was read and spent, and prints three held-out losses."""
-    module, tokenizer = model.load(source), data.load_tokenizer(source)
-    before = data.last_settings(lineage)
-    context = before.get("context") or min(module.config.max_position_embeddings, 256)
-    spec = spec or before.get("data") or "python"
-    corpora = data.prepare(spec, tokenizer, context=context)
-    order, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
-    reader = data.Reader(corpora, context, step["seed"] if order is None else order, sequence, read)
-    windows = max(1, batch_tokens // context)
-    start = dict(reader.read)
-    bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
-    batches = (reader.load(reader.take(windows)) for _ in bar)
-    how = {k: step[k] for k in ("axis", "factor", "layers", "seed")}
-    untrained, big = learn(module, [], **how), learn(module, batches, **how, lr=lr)
-
-    @torch.no_grad()
-    def held_out(m):
-        """Nats a token on at most 128 windows a corpus."""
-        total = 0
-        for corpus in corpora:
-            ids, targets = data.validation_windows(corpus, context)
-            parts = zip(ids[:128].split(16), targets[:128].split(16))
-            total += corpus.weight * sum(m(x, y)[1].item() * len(x) for x, y in parts) / len(ids[:128])
-        return total
-
-    was, began, ended = map(held_out, (module, untrained, big))
-    print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
-    step["tokens"] = steps * windows * context
-    step["flops"] = step["tokens"] * big.flops_per_token(context)
-    step["data"] = reader.since(start)
-    step["settings"] = {"data": spec, "context": context, "tokenizer": tokenizer.key, "lr": lr}
-    return big
+        return {name: attrgetter(name)(self.module) for name in self.module.state_dict()}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -517,12 +366,6 @@ def number(text):
     if not 0 <= (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is out of range (0 or more, and finite)")
     return int(value) if value == int(value) else value
-
-
-def count(text):
-    if (value := number(text)) != int(value) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count (a whole number of at least 1)")
-    return value
 
 
 def ranges(text):
@@ -536,39 +379,36 @@ def ranges(text):
     return layers
 
 
-def main(argv=None):
-    usage = "grow.py SRC DST --axis AXIS --operator OPERATOR (--factor F | --layers LIST) [--seed 1] [--help]"
-    commands = "\n".join(line for line in __doc__.split("\n") if line.startswith("    python grow.py"))
-    after = "When to grow, and by how much: python laws.py optimal stacking --N 8e9 --D 15e12"
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = model.Parser("grow.py", usage, commands, after, formatter_class=raw, allow_abbrev=False)
+def make_parser(file, usage, document, after):
+    """(the parser of grow.py and ligo.py, what adds a flag to its group about growth)."""
+    commands = "\n".join(line for line in document.split("\n") if line.startswith(f"    python {file}"))
+    parser = model.Parser(file, f"{file} SRC DST {usage} (--factor F | --layers LIST) [--seed 1] [--help]", commands,
+                          after, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     add = parser.add_argument_group("folders").add_argument
-    add("source", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral, Qwen3 or MoE of these")
+    add("source", metavar="SRC", help="checkpoint folder, ours or a public one, or a public model's name (ORG/NAME)")
     add("target", metavar="DST", help="new checkpoint folder; must not exist")
     add("--source-tokens", type=number, metavar="N", help="tokens that a public source has seen (default: unknown)")
     group = parser.add_argument_group("growth")
     add, either = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     add("--axis", choices=AXES, required=True, help="more layers, or wider ones (required)")
-    add("--operator", choices=OPERATORS, required=True, help="copy, add what does nothing yet, add random numbers "
-        "behind a mask, or learn a map (required)")  # fmt: skip
     either("--factor", type=number, help="times as many layers; or times hidden size, heads and MLP (this or --layers)")
     either("--layers", type=ranges, help="source layers of the grown model, as 0-23,8-31; ranges include both ends")
     add("--seed", type=int, default=1, help="of the random numbers (default: %(default)s)")
-    add = parser.add_argument_group("operator learn").add_argument
-    add("--data", dest="spec", metavar="SPEC", help="text to learn on: see data.py (default: the source's, or python)")
-    add("--steps", type=count, help="batches to learn on (default: 100)")
-    add("--batch-tokens", type=count, help="tokens of one of them (default: 4096)")
-    add("--lr", type=number, help=f"learning rate of the maps (default: {LEARN_RATE})")
-    args = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    return parser, add
+
+
+def main(argv=None):
+    after = "When to grow, and by how much: python plan.py optimal stacking --N 8e9 --D 15e12"
+    parser, add = make_parser("grow.py", "--axis AXIS --operator OPERATOR", __doc__, after)
+    add("--operator", choices=OPERATORS, required=True, help="copy, add what does nothing yet, or add random numbers "
+        "behind a mask (required)")  # fmt: skip
+    args = parser.parse_args(argv)
     try:
-        for name, flag in dict(spec="--data", steps="--steps", batch_tokens="--batch-tokens", lr="--lr").items():
-            if name in args and args["operator"] != "learn":
-                raise ValueError(f"{flag} has no use with operator {args['operator']} (learn)")
-        print("written:", grow_folder(**{"factor": None, "layers": None} | args))
-    except (ValueError, OSError, RuntimeError, model.SafetensorError) as error:
+        print("written:", grow_folder(**vars(args)))
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         parser.error(str(error))
-    mask = " --mask-steps 100" if args["operator"] == "random" else ""
-    print(f"next: python train.py --init {args['target']}{mask}")
+    mask = " --mask-steps 100" if args.operator == "random" else ""
+    print(f"next: python train.py --init {args.target}{mask}")
 
 
 if __name__ == "__main__":

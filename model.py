@@ -2,7 +2,7 @@
 
 A token becomes a vector x of `hidden_size` numbers, the residual stream. Each block adds to it twice:
 
-    x = x + Attention(RMSNorm(x))         looks at the tokens before
+    x = x + Attention(RMSNorm(x))         looks at this token and at those before it
     x = x + MLP(RMSNorm(x))               looks at this token alone
 
 At the end the head turns x into one logit for each word of the vocabulary. What differs from GPT-2, and from nanoGPT:
@@ -24,11 +24,11 @@ Parameters carry the public names (`model.layers.0.self_attn.q_proj.weight`); ch
     python model.py out/dense --prompt "def "                  # sample
 
 Left out: dropout (one pass over the data needs none), sliding windows, masks between packed documents, and every
-attention kernel but torch's `scaled_dot_product_attention` and the few lines for CPUs in `causal_attention`.
+attention kernel but torch's `scaled_dot_product_attention`. cpu.py has the same arithmetic, faster, for CPUs.
 
 Try:
-  1. Delete the `/ math.sqrt(2 * layers)` in `init_weights` and train 200 steps: with 3 layers the loss barely notices;
-     with --num-hidden-layers 24 the start is visibly slower. The residual stream grew with every block.
+  1. Let `depth` be 1 in `init_weights` and train 200 steps: with 3 layers the loss barely notices; with
+     --num-hidden-layers 24 the start is visibly slower. The residual stream grew with every block.
   2. Delete the line that rotates q and k: the causal mask alone still tells the model something of positions, but the
      loss ends higher.
   3. Change rope_theta in config.json of a trained folder from 10000 to 1000000 and evaluate it again with
@@ -49,15 +49,17 @@ if __name__ == "__main__":
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
+import cpu
 import moe
 
 
 @dataclass
 class Config:
     """The shape of a model, in Hugging Face's names; `experts`, `top_k` and `granularity` are those of moe.py. A new
-    field must also be said in public_config and read in read_config, or refused: else it is lost on the way to disk."""
+    field must be written and read in checkpoint.py (public_config, read_config), or be refused there: a saved folder
+    would lose it."""
 
     vocab_size: int = 256
     hidden_size: int = 128  # width of the residual stream
@@ -73,12 +75,12 @@ class Config:
     tie_word_embeddings: bool = False  # True: the head is the embedding
     qk_norm: bool = True  # RMSNorm on each query and key head
     qkv_bias: bool = False  # biases of queries, keys and values, as in Qwen2
-    experts: int = 0  # expansion rate E; 0 is a dense model
-    top_k: int = 2  # full-width experts a token, K
-    granularity: int = 1  # G: each full-width expert is split into G
+    experts: int = 0  # full-width experts; 0 is a dense model
+    top_k: int = 2  # of them a token
+    granularity: int = 1  # G: each is cut into G narrow ones, and a token gets G times as many
     router: str = "topk-softmax"  # or softmax-topk
-    capacity_factor: float | None = None  # of training; None: no token is ever dropped (not stored)
-    balance_coef: float = 0.01  # of training: weight of the balancing loss
+    capacity_factor: float | None = None  # of training; None: no token is ever dropped
+    balance_coef: float = 0.01  # of training: weight of the balancing loss, which train.py adds
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
 
@@ -110,28 +112,6 @@ class Config:
 # ---- the layers -----------------------------------------------------------------------------------------------------
 
 
-class RMSNormFunction(torch.autograd.Function):
-    """y = gain n, n = x / rms(x), rms(x)^2 = mean(x^2) + eps; fp32 or wider. For CPUs: torch has no fast one there."""
-
-    @staticmethod
-    def forward(ctx, x, gain, eps):
-        ctx.dtype = x.dtype
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
-        n = x / rms
-        ctx.save_for_backward(n, rms, gain)
-        return (n * gain).to(ctx.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        n, rms, gain = ctx.saved_tensors
-        dy, wide = dy.to(n.dtype), gain.to(n.dtype)
-        dyn = dy * n
-        mean = (dyn @ wide / n.shape[-1]).unsqueeze(-1)  # dx = (gain dy - n mean(gain dy n)) / rms
-        dx = (dy * wide).addcmul_(n, mean, value=-1).div_(rms)
-        return dx.to(ctx.dtype), dyn.flatten(0, -2).sum(0).to(gain.dtype), None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -140,15 +120,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         if x.device.type == "cpu":
-            return RMSNormFunction.apply(x, self.weight, self.eps)
+            return cpu.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotation(config, positions, device):
-    """cos and +-sin of the rotary angles, (T, head_dim) each, fp32: angle = position * theta^(-2 i / head_dim)."""
+    """The rotary angles, position * theta^(-2 i / head_dim), as cos (cos, cos) and signed sin (-sin, sin), each (T,
+    head_dim), fp32."""
     two_i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-two_i / config.head_dim)  # (head_dim / 2,)
-    if config.rope_scaling:  # Llama 3.1: slow frequencies turn `factor` times slower, fast ones stay, ramp between
+    if config.rope_scaling:
+        # Llama 3.1: a pair that makes fewer than low_freq_factor turns in the original context is slowed by `factor`,
+        # one that makes more than high_freq_factor stays, and between the two the change is linear.
         s = config.rope_scaling
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
@@ -157,26 +140,11 @@ def rotation(config, positions, device):
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
-def rotate(x, cos, sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angle:
-    (a cos - b sin, b cos + a sin).
-    cos and sin are those of `rotation`."""
-    return torch.addcmul(x * cos[:, None].to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin[:, None].to(x.dtype))
-
-
-def causal_attention(q, k, v, block=128):
-    """softmax(q k^T / sqrt(head_dim)) v with a causal mask, a block of queries at a time: for bf16 on a CPU, where
-    torch's fused kernel is slow. q (B, heads, T, head_dim), k and v (B, kv_heads, T, head_dim)."""
-    share = q.shape[1] // k.shape[1]
-    if share > 1:
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    q = q * q.shape[-1] ** -0.5
-    y = []
-    for i in range(0, q.shape[2], block):
-        scores = q[:, :, i : i + block] @ k[:, :, : i + block].mT  # (B, heads, block, i + block)
-        scores[..., i:] += torch.full_like(scores[0, 0, :, i:], -torch.inf).triu(1)
-        y.append(scores.softmax(-1) @ v[:, :, : i + block])
-    return torch.cat(y, dim=2)
+def rotate(x, cos, signed_sin):
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angles. roll gives
+    (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos[:, None].to(x.dtype), swapped, signed_sin[:, None].to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -205,8 +173,8 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # beyond, memory grows with T^2
-            y = causal_attention(q, k, v)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # memory grows with T^2
+            y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
@@ -245,7 +213,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. Parameters have the public names: `model.layers.0.self_attn.q_proj.weight`, ..."""
+    """The decoder. Its parameters have the public names; `init_weights` or `checkpoint.load` gives them values."""
 
     def __init__(self, config):
         super().__init__()
@@ -266,8 +234,9 @@ class Transformer(nn.Module):
         """ids, targets (B, T) int64 -> logits, loss, aux.
 
         Without targets: logits (B, T, V) and loss None. With targets (already shifted; -100 is ignored): loss is the
-        mean cross-entropy in nats a token and logits None. aux is None for a dense model; else a dict of balance_loss
-        and z_loss (means over layers, scalars), counts (layers, experts), dropped and entropy (means over layers).
+        mean cross-entropy in nats a token and logits None. aux is None for a dense model. For a mixture it is what
+        train.py adds to the loss, balance_loss and z_loss, and what it logs, counts (layers, experts), dropped and
+        entropy; all but the counts are means over layers.
         cache: None, or the list of `new_cache()`, to which the keys and values of ids are added.
         """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -300,77 +269,72 @@ class Transformer(nn.Module):
             loss = total(x, targets)
         else:
             slices = zip(x.split(rows), targets.split(rows))
-            loss = sum(checkpoint(total, *s, use_reentrant=False) for s in slices)
+            loss = sum(recompute(total, *s, use_reentrant=False) for s in slices)
         return loss / (targets != -100).sum()
 
     def new_cache(self):
         return [[] for _ in self.model.layers]
 
     def num_parameters(self):
-        """{"N", "N_active", "N_total", "embeddings"}, in parameters. N counts no embeddings, head and routers, and a
-        mixture as one full-width MLP: the dense model of that shape. N_active is what a token touches, N_total all;
-        both with routers, without embeddings and head."""
+        """{"N", "N_active", "N_total", "embeddings"}, in parameters. N: the dense model of this shape, with one
+        full-width MLP a layer and no router. N_active: what a token touches. N_total: all. None of the three counts
+        embeddings and head; the last two count routers."""
         c = self.config
-        embeddings = self.model.embed_tokens.weight.numel() * (1 if c.tie_word_embeddings else 2)
-        total = sum(p.numel() for p in self.parameters()) - embeddings
+        embedding = self.model.embed_tokens.weight.numel()
+        total = sum(p.numel() for p in self.model.parameters()) - embedding
         mlp = 3 * c.hidden_size * c.intermediate_size * c.num_hidden_layers  # one full-width MLP in every layer
         router = c.hidden_size * c.experts * c.granularity * c.num_hidden_layers
-        dense = total - router - max(c.experts, 1) * mlp  # attention and norms
-        active = dense + router + (c.top_k if c.experts else 1) * mlp
-        return {"N": dense + mlp, "N_active": active, "N_total": total, "embeddings": embeddings}
+        rest = total - router - max(c.experts, 1) * mlp  # attention and norms
+        active = rest + router + (c.top_k if c.experts else 1) * mlp
+        embeddings = embedding * (1 if c.tie_word_embeddings else 2)
+        return {"N": rest + mlp, "N_active": active, "N_total": total, "embeddings": embeddings}
 
     def flops_per_token(self, context):
         """Training FLOPs a token: 6 a parameter of the products it passes (head included, embedding look-up not), and
         12 layers heads head_dim context for the attention scores (the convention of PaLM, 2204.02311, and nanoGPT)."""
         c = self.config
-        vectors = sum(p.numel() for p in self.parameters() if p.dim() == 1)  # gains and biases multiply nothing
+        vectors = sum(p.numel() for p in self.model.parameters() if p.dim() == 1)  # gains, biases: no products
         products = self.num_parameters()["N_active"] - vectors + c.hidden_size * c.vocab_size
         return 6 * products + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * context
 
 
 def normal(shape, std, seed, layer, expert, matrix, dtype=torch.float32):
-    """Normal numbers that depend on (seed, layer, expert, matrix) and nothing else: not on the order of the work, the
-    number of processes or the device. Drawn on the CPU in fp32."""
+    """Normal numbers that depend on (seed, layer, expert, matrix) and on nothing else. So any process can draw any
+    matrix alone, and a new matrix changes no other. Drawn on the CPU in fp32."""
     key = hashlib.sha256(f"{seed} {layer} {expert} {matrix}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)  # it takes 63 bits
     return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
 
 
 @torch.no_grad()
 def init_weights(module, seed):
-    """Draws every weight of `module` anew from `seed`.
+    """Draws every weight of `module` anew from `seed`. All are normal; this is their deviation:
 
-    | parameter                            | distribution                                                     |
-    |--------------------------------------|------------------------------------------------------------------|
-    | embed_tokens (the head too, if tied) | normal, 0.02                                                     |
-    | lm_head                              | normal, 0.02                                                     |
-    | q_proj, k_proj, v_proj               | normal, 1 / sqrt(fan-in): unit variance in, unit variance out    |
-    | gate_proj, up_proj, gate_up_proj     | the same                                                         |
-    | o_proj, down_proj                    | the same / sqrt(2 layers): the residual stream keeps its size    |
-    | down_proj of an expert               | fan-in of the full width, x moe.output_scale: as the dense layer |
-    | mlp.gate, the router                 | normal, 0.02 / sqrt(fan-in): logits near 0, as output_scale asks |
-    | norm gains; biases                   | 1; 0                                                             |
+    | embed_tokens, lm_head                | 0.02                                                                    |
+    | q, k, v, gate, up                    | 1 / sqrt(numbers read): unit variance in, unit variance out             |
+    | o_proj, down_proj                    | the same / sqrt(2 layers): the residual stream keeps its size           |
+    | down_proj of an expert               | the same x moe.output_scale, with the full width as the numbers read    |
+    | mlp.gate, the router                 | 0.02 / sqrt(numbers read): logits near 0 at the start                   |
+    | gains of norms; biases               | not drawn: 1; 0                                                         |
     """
     c = module.config
-    layers = c.num_hidden_layers
+    depth = math.sqrt(2 * c.num_hidden_layers)
     for name, p in module.named_parameters():
-        layer = int(name.split(".")[2]) if ".layers." in name else -1
+        layer, in_expert = int(name.split(".")[2]) if ".layers." in name else -1, ".experts." in name
+        matrix = name.split(".")[-1 if in_expert else -2]
         if p.dim() == 1:
             p.fill_(0 if name.endswith("bias") else 1)
             continue
-        std = 0.02 if "embed_tokens" in name or "lm_head" in name else 1 / math.sqrt(p.shape[-1])
-        if ".mlp.gate." in name:
-            std *= 0.02
-        if "o_proj" in name or "down_proj" in name:
-            std /= math.sqrt(2 * layers)
-        if ".experts." not in name:
-            p.copy_(normal(p.shape, std, seed, layer, 0, name.split(".")[-2]))
+        unit = 1 / math.sqrt(p.shape[-1])
+        special = {"embed_tokens": 0.02, "lm_head": 0.02, "gate": 0.02 * unit}
+        std = (special | {"o_proj": unit / depth, "down_proj": unit / depth}).get(matrix, unit)
+        if not in_expert:
+            p.copy_(normal(p.shape, std, seed, layer, 0, matrix))
             continue
-        matrix = name.split(".")[-1]
-        if matrix == "down_proj":  # p.shape[-1] is F / G, and the fan-in of the full width is meant; then scaled
+        if matrix == "down_proj":  # p.shape[-1] is a narrow width, 1/G of the full one
             std *= moe.output_scale(c.experts, c.top_k, c.granularity, c.router) / math.sqrt(c.granularity)
-        for e in range(p.shape[0]):
-            p[e].copy_(normal(p.shape[1:], std, seed, layer, e, matrix))
+        for e, expert in enumerate(p):  # p holds all experts of the layer: (E, out, in)
+            expert.copy_(normal(expert.shape, std, seed, layer, e, matrix))
     return module
 
 
@@ -381,8 +345,9 @@ def init_weights(module, seed):
 def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, use_cache=True):
     """Yields up to `tokens` token ids that follow `ids` (a non-empty list of ints), one at a time.
 
-    temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest whose probabilities
-    reach p. Stops after the configuration's eos_token_id. The same seed gives the same text on the same machine.
+    temperature 0 takes the likeliest token; top_k > 0 keeps the k likeliest; top_p < 1 the fewest whose probabilities,
+    of all words, reach p. Stops after the configuration's eos_token_id, not at max_position_embeddings. The same seed
+    gives the same text on the same machine.
     """
     device = module.lm_head.weight.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw whatever the device
@@ -414,7 +379,7 @@ def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, u
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistyped flag with the nearest one: of this file and of those above it."""
+    """argparse that answers a mistyped flag with the nearest one that it knows. All command lines but laws' use it."""
 
     def error(self, message):
         flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
@@ -423,9 +388,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
-    from tokenizer import load_tokenizer
-
     import checkpoint
+    from tokenizer import load_tokenizer
 
     parser = Parser(
         description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "', allow_abbrev=False
@@ -438,7 +402,7 @@ def main():
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="keep the likeliest up to this probability (default: %(default)s)")
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
-    add("--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)")
+    add("--device", default="cpu", help="auto, cpu, cuda or mps (default: %(default)s)")
     args = parser.parse_args()
     try:
         if args.tokens < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:

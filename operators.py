@@ -50,6 +50,7 @@ def apply_to_module(module, operator, each=lambda block: None):
     there, so that no rank ever holds the whole new model."""
     config, weight = operator.config, module.lm_head.weight
     old, dtype = dict(unpack(module.config, module.state_dict())), operator.dtype(weight.dtype)
+    read = functools.lru_cache(maxsize=2)(lambda name: old[name].cpu().to(dtype))  # experts share their sources
     with torch.device("meta"):
         made = Transformer(config)
 
@@ -57,7 +58,7 @@ def apply_to_module(module, operator, each=lambda block: None):
         state = {n: torch.empty(t.shape, dtype=dtype, device=weight.device) for n, t in part.state_dict().items()}
         for name, view in unpack(config, {prefix + n: t for n, t in state.items()}):
             names, function = operator.formula(name)
-            view.copy_(function(*(old[n].cpu().to(dtype) for n in names)))
+            view.copy_(function(*map(read, names)))
         part.load_state_dict(state, assign=True)
 
     fill(made.model.embed_tokens, "model.embed_tokens.")

@@ -208,10 +208,9 @@ def settle(args, given, world):
     elif kind != "new":
         folder = checkpoint.find(args.init or args.branch)
         config = read_config(folder)
-        checkpoint.check_whole(folder)
+        state = read_trainer(folder) if kind == "branch" else None
         locate(folder, config)  # headers only: what is missing or torn is said now
         named, lineage = read_lineage(folder, args.source_tokens)
-        state = read_trainer(folder) if kind == "branch" else None
     stored = state["settings"] if state else last_settings(lineage)
     s = inherit(kind, args, given, stored)
     match kind:
@@ -219,7 +218,7 @@ def settle(args, given, world):
             tokenizer = load_tokenizer(s.tokenizer or "bytes")
             config = new_config(s, tokenizer)
         case "init":
-            operators, config, lineage = reshape(folder, config, lineage, s)
+            operators, config, lineage = reshape(folder, config, lineage, s, given)
             s.context = s.context or min(config.max_position_embeddings, 1024)
         case "branch":
             s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]
@@ -268,16 +267,16 @@ def new_config(s, tokenizer):
     return model.Config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eot, **shape)
 
 
-def reshape(folder, config, lineage, s):
+def reshape(folder, config, lineage, s, given):
     """What --upcycle and --stack make of the checkpoint of --init: (operators, Config, lineage)."""
     operators = []
     if s.upcycle:
         experts, top_k = upcycle.parse(s.upcycle)
-        recipe = dict(granularity=s.granularity, router=s.router, seed=s.seed)
-        operators.append(upcycle.operator(config, experts, top_k, **recipe))
+        recipe = {name: given[name] for name in ("granularity", "router") if name in given}
+        operators.append(upcycle.operator(config, experts, top_k, seed=s.seed, **recipe))
     if s.stack:
         before = operators[-1].config if operators else config
-        operators.append(grow.operator(before, factor=s.stack, seed=s.seed))
+        operators.append(grow.growth(before, factor=s.stack, seed=s.seed))
     for operator in operators:
         config, lineage = operator.config, [*lineage, operator.entry]
     closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
@@ -302,9 +301,9 @@ def finish(kind, s, given, config, tokenizer):
     for field in fields(config):
         if field.name in SHAPE:
             setattr(s, field.name, getattr(config, field.name))
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.min_vocab_size > config.vocab_size:
         right = f"the model knows {config.vocab_size}: its own tokenizer"
-        raise ValueError(f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens ({right})")
+        raise ValueError(f"--tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
     s.data, s.tokenizer = s.data or "python", tokenizer.name
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):

@@ -1,18 +1,20 @@
 """Text to token ids and back.
 
-    bytes              the 256 byte values; NUL is the end-of-text token (so is a NUL in a text)
-    gpt2, o200k_base   an encoding of tiktoken (downloaded once)
-    tokenizer.model    a file of tiktoken ranks, as Llama 3 has it: base64 token, space, rank on each line
-    tokenizer.json     any tokenizer in the public format, or a checkpoint folder with one
-    ids:32000          no text: so many ids, for ready tokens (also a checkpoint folder without a tokenizer)
+    tokenizers     bytes      the 256 byte values; NUL is the end-of-text token (so is a NUL in a text)
+                   gpt2, o200k_base ...               tiktoken's encodings (downloaded once)
+                   a tokenizer.json of any kind, or a checkpoint folder with one
+                   a tokenizer.model of tiktoken ranks (Llama 3): base64 token, space, rank on each line
+                   ids:32000  no text: so many ids, for ready tokens (also a checkpoint folder without a tokenizer)
 
-The `tokenizers` library reads, applies and writes a tokenizer.json of every kind: byte-level BPE (GPT-2, Llama 3,
-Qwen), BPE of the SentencePiece kind (Llama 2, Mistral), Unigram, WordPiece. What tiktoken knows is first rewritten as a
-tokenizer.json. So there is one way from text to ids, and `transformers` takes the same one from the folder we write.
+The `tokenizers` library reads and applies a tokenizer.json of every kind: byte-level BPE (GPT-2, Llama 3, Qwen), BPE of
+the SentencePiece kind (Llama 2, Mistral), Unigram, WordPiece. What tiktoken knows becomes a tokenizer.json first. So
+there is one way from text to ids, and `transformers` takes the same one from the folder that we write. It is slower
+than tiktoken: about 3 MB/s a thread against 12.
 
-Text is text. `<|endoftext|>` inside a document is encoded as ordinary characters: a special token is one that a text
-must not make. `transformers` finds special tokens in a text, and agrees with us about a text that has none. Its class
-for Llama 2 also departs from that model's own tokenizer.json: it puts no blank before a text that begins with one.
+Text is text. `<|endoftext|>` inside a document is encoded as ordinary characters, for a special token is one that no
+text may make. `transformers` finds special tokens in a text. It agrees with us about a text that has none.
+Its class for Llama 2 departs from that model's own tokenizer.json in one point: before a text that begins with a blank,
+the file wants another blank, and the class puts none.
 
 Left out on purpose: training a tokenizer, beginning-of-text tokens, SentencePiece's own binary files (`transformers`
 writes their tokenizer.json).
@@ -32,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import tokenizers
+from tokenizers import pre_tokenizers
 
 MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -110,17 +113,18 @@ class Tokenizer:
 
     def encode(self, texts):
         """list of str -> list of integer arrays, on all cores. ValueError: a text that has no ids."""
-        if self.name == "bytes":
+        if self.key == "bytes":
             return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-        with refuse(f"tokenizer {self.name!r} cannot encode text", "ids such as 17 4 31, or ready tokens"):
+        right = "ids such as 17 4 31, or ready tokens" if self.public is None else "one with a token for the unknown"
+        with refuse(f"tokenizer {self.name!r} cannot encode text", right):
             if self.public is None:  # ids are their own text: "17 4 31", as `decode` writes them
                 arrays = [np.array(text.split(), np.uint32) for text in texts]
                 need(all((ids < self.vocab_size).all() for ids in arrays), "an id beyond its vocabulary")
                 return arrays
             found = self.public.encode_batch_fast(texts, add_special_tokens=False)
-            return [self.spell(np.array(encoding.ids, np.uint32)) for encoding in found]
+            return [self.without_special(np.array(encoding.ids, np.uint32)) for encoding in found]
 
-    def spell(self, ids):
+    def without_special(self, ids):
         """Unigram takes the letters of a special token for that token. This gives the ids of the letters instead."""
         if not np.isin(ids, [*self.forbidden]).any():
             return ids
@@ -130,7 +134,7 @@ class Tokenizer:
     def decode(self, ids):
         """Integers (list, array or tensor) -> str. Ids without a token and bytes that are no UTF-8 become U+FFFD."""
         ids = np.asarray(ids).reshape(-1).tolist()
-        if self.name == "bytes":
+        if self.key == "bytes":
             return bytes(i if i < 256 else 255 for i in ids).decode("utf-8", "replace")  # 255: never in UTF-8
         if self.public is None:
             return " ".join(map(str, ids))
@@ -156,9 +160,10 @@ class Tokenizer:
 
     @cached_property
     def divisible(self):
-        """Are the ids of a text those of its pieces, if it is cut after a newline between a visible character and a
-        letter of ASCII? Yes if no word and no added token reaches over it, which the library's own splitter is asked
-        for all such pairs. No if all the text is one word, or if each text gets a blank in front (SentencePiece)."""
+        """May a text be cut after a newline between a visible character and a letter of ASCII, and keep its ids?
+
+        Yes if no word and no added token reaches over the cut. The library's own splitter is asked, for all such pairs.
+        No if a text is one long word, or if it gets a blank in front: so most tokenizers of the SentencePiece kind."""
         if self.public is None:
             return True
         splitter, added = self.public.pre_tokenizer, self.public.get_added_tokens_decoder().values()
@@ -176,14 +181,14 @@ def load_tokenizer(name="bytes"):
     """The `Tokenizer` of a name in the table at the top of this file; a file or folder goes before an encoding.
     ValueError or FileNotFoundError: there is none, or it cannot be read."""
     if name == "bytes":
-        files = public_files([byte_level()], BYTES_VOCAB, [], {"\0": 0}, "\0")
+        files = byte_level([], BYTES_VOCAB, [], ["\0"], "\0")
         return Tokenizer(name, 256, 256, 0, name, files=files)
     if re.fullmatch(r"ids:[1-9]\d{0,6}", name) and int(name[4:]) <= MAX_VOCAB:
         return Tokenizer(name, int(name[4:]), int(name[4:]), None, name)
     path = Path(name)
     if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
-        path = next((file for file in files if file.exists()), path)
+        known = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
+        path = next((file for file in known if file.exists()), path)
     if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
         with refuse(path, "a vocab_size"):
             return load_tokenizer(f"ids:{json.loads(path.read_text())['vocab_size']}")
@@ -198,8 +203,8 @@ def load_tokenizer(name="bytes"):
         except OSError as e:
             raise ValueError(f"no download of {name!r}: {type(e).__name__} (bytes needs no network)") from None
         return from_ranks(name, bpe._pat_str, bpe._mergeable_ranks, bpe._special_tokens, "<|endoftext|>")
-    known = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
-    raise FileNotFoundError(f"no tokenizer {name!r} ({known}, a tokenizer.json or a rank file)")
+    right = suggest(name, ["bytes", *tiktoken.list_encoding_names(), f"ids:1 to ids:{MAX_VOCAB}"])
+    raise FileNotFoundError(f"no tokenizer {name!r} ({right}, a tokenizer.json or a rank file)")
 
 
 def read_public(name, files, path):
@@ -214,7 +219,8 @@ def read_public(name, files, path):
         public.no_truncation()
         public.encode_special_tokens = True  # text is text
         ids = public.get_vocab(with_added_tokens=True)
-        need(ids and max(ids.values()) < MAX_VOCAB, f"ids up to {max(ids.values(), default=None)}, not {MAX_VOCAB}")
+        need(ids, "an empty vocabulary")
+        need(max(ids.values()) < MAX_VOCAB, f"an id above {MAX_VOCAB}: {max(ids.values())}")
         configs = [json.loads(files.get(f, b"{}")) for f in ("tokenizer_config.json", "special_tokens_map.json")]
         named = [config.get("eos_token") for config in configs]
         named = [token["content"] if isinstance(token, dict) else token for token in named]
@@ -254,28 +260,26 @@ def from_ranks(name, split, ranks, special, end):
     tokens, {name: id} of the special ones and the name of that which ends a text.
 
     tiktoken merges any two neighbours that make a token, those of the lowest rank first. As a list of merges: every way
-    to cut a token into two, in the order of ranks. (`ignore_merges`: a word that is a token stays whole.)"""
+    to cut a token into two, in the order of ranks."""
+    special = {text: i for i, text in {i: text for text, i in reversed(special.items())}.items()}  # one name an id
     spell = {token: "".join(CHAR[b] for b in token) for token in ranks}
     cuts = ((t[:i], t[i:]) for t in sorted(ranks, key=ranks.get) for i in range(1, len(t)))
-    merges = [f"{spell[a]} {spell[b]}" for a, b in cuts if a in ranks and b in ranks]
+    merges = [(spell[a], spell[b]) for a, b in cuts if a in ranks and b in ranks]
     vocab = {spell[token]: rank for token, rank in ranks.items()} | special
     # Oniguruma, the library's engine, needs no possessive marks (`x++` saves backtracking, no more) and writes $ as \z
     pattern = re.sub(r"(?<!\\)([?*+]|\{[\d,]+\})\+", r"\1", split).replace("$", r"\z")
-    words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return read_public(name, public_files([words, byte_level()], vocab, merges, special, end), name)
+    words = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return read_public(name, byte_level([words], vocab, merges, special, end), name)
 
 
-def byte_level():
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-
-
-def public_files(splitters, vocab, merges, special, end):
-    """{file name: bytes}: tokenizer.json and tokenizer_config.json of a byte-level BPE."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    public = {"version": "1.0", "normalizer": None, "decoder": byte_level()}
-    public["added_tokens"] = [{"id": i, "content": text, **flags} for text, i in special.items()]
-    public["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": splitters}
-    public["model"] = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
+def byte_level(words, vocab, merges, special, end):
+    """{file name: bytes}: tokenizer.json and tokenizer_config.json of a byte-level BPE. A word that is a token stays
+    whole (`ignore_merges`), as in tiktoken."""
+    public = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    public.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
+    public.decoder = tokenizers.decoders.ByteLevel()
+    public.add_special_tokens([*special])  # their ids are in the vocabulary
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-    files = {"tokenizer.json": public, "tokenizer_config.json": config}
-    return {name: json.dumps(content, ensure_ascii=False, indent=1).encode() for name, content in files.items()}
+    files = {"tokenizer.json": public.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=1)}
+    return {name: content.encode() for name, content in files.items()}

@@ -13,7 +13,7 @@
 saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py says what the flags mean together.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
-take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over the same windows:
+take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over equal windows:
 n ranks give the numbers of one rank that accumulates n times as often.
 
 Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it; evaluation is
@@ -217,10 +217,9 @@ class Record:
     def save(self, folder, step, module, optimizer, mask, finished=False):
         """Everything at this step into `folder`; trainer.pt last: its renaming is the commit."""
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
-        weights = {grow.plain(n): whole(t) for n, t in module.state_dict().items()}
+        weights = {n: whole(t) for n, t in module.state_dict().items()}
         shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
-        moments = {grow.plain(n): {k: whole(t) for k, t in optimizer.state[p].items()}
-                   for n, p in module.named_parameters()}  # fmt: skip
+        moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in module.named_parameters()}
         if not self.ranks.first:
             return
         now, kept = self.counted(step), vars(self.settings)
@@ -329,8 +328,7 @@ def main(argv=None):
     parallel = module
     if ranks.world > 1 and not s.fsdp:
         parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    named = {grow.plain(n): p for n, p in module.named_parameters()}
-    optimizer = get_optimizer(named, s, state["optimizer"] if state else {}, ranks, device)
+    optimizer = get_optimizer(dict(module.named_parameters()), s, state["optimizer"] if state else {}, ranks, device)
 
     def evaluation():
         with eagerly(compiled):

@@ -1,138 +1,179 @@
-"""Upcycling: from a dense checkpoint to a mixture of experts that starts where the dense model stopped.
+"""Upcycling: a trained model becomes a mixture of more experts, and starts where the trained model stopped.
 
     python upcycle.py SRC DST --experts 8 --top-k 2                       # a Llama or Mistral becomes a Mixtral
     python upcycle.py SRC DST --experts 8 --top-k 2 --granularity 4       # 32 experts of a quarter's width, 8 a token
     python upcycle.py SRC DST --experts 8 --top-k 2 --method drop         # half of each expert's neurons drawn anew
-    python train.py --init SRC --upcycle 8x2                              # the same weights, in memory, on every rank
+    python upcycle.py MIXTURE DST --experts 16 --top-k 4                  # two copies of each of 8 experts
 
-Every expert begins as the dense layer's MLP, everything else is kept, and only the router is new: random rows, normal
-with deviation `router_std` (Sparse Upcycling, 2212.05055; Llama 3 Meets MoE, 2412.09952). The scores s of a
-topk-softmax router sum to one, so whatever it chooses, nothing has changed yet:
+Every expert begins as a copy of the dense layer's MLP (Sparse Upcycling, 2212.05055). Only the router is new. Its rows
+are random, so the experts get different tokens and grow apart. The scores s_e of a topk-softmax router sum to one, so
+a token gets what it got before, whichever copies it chooses:  sum_e s_e MLP(x) = MLP(x).
 
-    sum_e s_e MLP(x) = MLP(x)
+Granularity G cuts each copy into G parts (2410.07524). The parts of a copy have equal router rows: their logits tie,
+and they are chosen together. Each has 1/G of the copy's score, so down_proj is multiplied by G. By hand: four neurons
+give MLP(x) = 1 + 2 + 3 + 4 = 10. Three copies with the logits 2, 1 and 3 are cut into two parts each.
 
-The experts then grow apart, because each sees other tokens. Three ways to start them:
+    logits     2    2    1    1    3    3      top_k 2: a token chooses both parts of the third copy and of the first
+    scores   .13  .13            .37  .37      softmax of 2 2 3 3
+    parts    1+2  3+4  1+2  3+4  1+2  3+4      y = 2 (.13 * 3 + .13 * 7 + .37 * 3 + .37 * 7) = 10
 
-    copy     E copies.
-    noise    in each expert a share `noise_ratio` of the F neurons gets N(0, noise_std^2) added to its weights.
-    drop     in each expert a share `drop_ratio` of the neurons S is forgotten (Drop-Upcycling, 2502.19261):
-                 W_S <- N(mean(W_S), std(W_S)^2)       the same S in gate, up and down; statistics of each matrix's own
-             A neuron is a row of gate, a row of up and a column of down; here it is old or new. The released code
-             draws S anew for each of the three, which spoils 1 - (1 - r)^3 of the neurons: at r = 1/2, 7 of 8.
+A mixture is upcycled by copying each expert with its router row (Expert Upcycling, 2604.19835). By hand: two experts
+give 10 and 20, and their scores are 3/4 and 1/4 (logits log 3 and 0). There are two copies of each.
 
-Granularity (2410.07524). The F neurons are cut into G shards; the narrow expert e G + g is shard g of replica e. The G
-router rows of a replica are equal (a virtual group), so its logits tie and the K G largest are K whole replicas:
+    before                3/4 * 10 + 1/4 * 20 = 12.5
+    --top-k doubled       (3/8 + 3/8) * 10 + (1/8 + 1/8) * 20 = 12.5      exactly the same function
+    --top-k as before     (1/2 + 1/2) * 10 = 10                           two copies of the best expert: the second
+                                                                          best is lost until the copies differ
+The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all stay equal in training: they see
+the same tokens. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
 
-    y = sum_e sum_g (s_e / G) shard_g(x) = 1/G MLP(x)                     hence the factor c = G
-
-A softmax-topk router scores about 1 / (E G) each, which makes c = E G / K: exact for equal logits only.
-    exact      c on down_proj alone. SwiGLU is linear in down, so this and nothing else gives the dense function back.
-    cube-root  c^(1/3) on all three matrices, as published: right for a squared ReLU, relu(s a)^2 s = s^3 relu(a)^2,
-               and wrong for SwiGLU, where silu(s a) is not s silu(a). They found it better to train from than a factor
-               on the last matrix alone, but with softmax-topk, where neither is exact.
-    none       the layer's output begins 1/c as large.
-
-Random numbers come from (seed, layer, expert, matrix): folder, module and rank get the same bits. Router rows and
-dropped neurons are drawn as numbers that bf16 and fp16 hold, so a folder keeps its dtype; with noise, or a factor that
-is no power of two, it is written in fp32.
-
-Measured (one CPU core).
-- 0.5 B parameters in bf16 to 8 experts, 5.2 GB in shards of 1 GB, until they are on the disk: 7.4 s, 2.7 of them to
-  start Python and PyTorch, and at most 0.42 GB of memory. `cp -r` of the result: 2.7 s. mergekit 0.1.5, the same bits
-  in every expert: 15.0 s and 2.1 GB. drop 29 s; noise 31 s and 0.74 GB, for its fp32 is twice the bytes.
-  (`python experiments/bench_upcycle.py`)
-- Public readers route in the folder's dtype. In bf16 two replicas can tie, and 0.2 to 0.3 % of tokens in a layer get
-  parts of others (E 8, K 2, G 2 to 8, D 128 and 576); in fp32, and in moe.py always, none. Rows stored in fp32 would
-  not help: transformers casts the whole folder to one dtype.
-- SmolLM2-135M (`bash experiments/smollm2.sh`), 82,000 tokens on: 0.006 nats below the dense model trained on, at equal
-  tokens and 1.6 times the FLOPs.
-
-Left out on purpose: upcycling only every other layer (2212.05055), expert choice (see moe.py), shared experts, merging
-different models as experts (mergekit), keeping the optimizer's state (2212.05055: it helps vision, not language).
+Left out: upcycling every other layer (2212.05055); choosing the experts to copy by their gradients (2604.19835);
+different models as experts; the optimizer's state (2212.05055: it helps vision, not language).
 
 Try, after `python train.py --tokens 1e6 --out out/dense` (2 minutes; it ends at a loss of 1.761), with
 `python upcycle.py out/dense out/x --experts 8 --top-k 2` and `python train.py --init out/x --tokens 0`:
   1. Add --granularity 4, and --scale exact, cube-root or none. (1.761 again; 1.765; 2.133. The published factor is a
      small mistake for a model this small; no factor is a large one.)
-  2. The same with untied rows: in `pieces` draw (r.experts * r.granularity, D) and delete the repeat_interleave.
-     (1.798: a token now gets eight parts of any replicas, some parts twice and others not at all.)
-  3. --method drop with --drop-ratio 0.25, 0.5, 1. Then 0.5 with --top-k 8: nearly every old neuron is kept in some
+  2. --method drop with --drop-ratio 0.25, 0.5, 1. Then 0.5 with --top-k 8: nearly every old neuron is kept in some
      expert, so is the loss back at 1.761? (1.803, 1.917, 3.094. With eight 1.888: a neuron that half of the experts
-     keep speaks at half its strength. Copies average to the original, different halves do not.)
+     keep speaks at half its strength.)
+  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847.)
 """
 
 import argparse
+import functools
 import math
 import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 import torch
 
+import checkpoint
 import model
 import moe
+import operators
+from model import Config
 
-METHODS = ("copy", "noise", "drop")
+# E and K count what is there after the cut, as in moe.py: E = experts G, K = top_k G. D is hidden, m the copies of each
+# expert. The names experts, top_k and intermediate_size count full-width experts, before the cut.
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")
 SCALES = ("exact", "cube-root", "none")
+ROUTER_STD = 0.02  # of a router for a dense model; the copies of a mixture keep their rows
 
 
 @dataclass
 class Recipe:
-    """How to upcycle. The sizes are those of moe.py: E full-width experts, K of them a token, each cut into G."""
+    """How to upcycle the models of Config `source`, dense or mixture. What is None is settled by the source.
 
+    Raises ValueError where the recipe cannot be followed. The options of a method begin with its name; METHOD_ratio is
+    the share of neurons that it changes."""
+
+    source: Config
     experts: int
     top_k: int
-    granularity: int = 1
+    granularity: int = None  # None: that of a mixture; of a dense model 1
+    router: str = None  # None: that of a mixture; of a dense model Config's default
     method: str = "copy"
     seed: int = 1
-    router: str = "topk-softmax"
-    router_std: float = 0.02
+    router_std: float = None  # of the random part of new rows; None: 0 for a mixture, ROUTER_STD for a dense model
     scale: str = "exact"
     drop_ratio: float = 0.5
     noise_ratio: float = 0.5
     noise_std: float = 0.02
 
-    def check(self, dense):
-        """The Config of the mixture that a model of Config `dense` becomes. Raises ValueError if it cannot."""
-        if dense.experts:
-            raise ValueError(f"a mixture of {dense.experts} experts cannot be upcycled (a dense model can)")
+    def __post_init__(self):
+        mixture = self.source.experts > 0
+        if mixture:
+            self.check_mixture()
+        before = self.source if mixture else Config()
+        for name, default in dict(granularity=before.granularity, router=before.router).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.router_std is None:
+            self.router_std = 0.0 if mixture else ROUTER_STD
         for name, allowed in (("method", METHODS), ("scale", SCALES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r} ({', '.join(allowed)})")
-        ranges = dict(experts=(1, 2**20), drop_ratio=(0, 1), noise_ratio=(0, 1), noise_std=(0, 100))
-        for name, (low, high) in ranges.items():
+        ratios = {name: (0, 1) for name in vars(self) if name.endswith("_ratio")}
+        for name, (low, high) in (dict(experts=(1, 2**20), noise_std=(0, 100)) | ratios).items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)} ({low} to {high})")
         if not (self.router_std == 0 or 1e-4 <= self.router_std <= 100):
             raise ValueError(f"router_std is {self.router_std} (0, or 1e-4 to 100: what bf16 and fp16 hold)")
-        shape = dict(experts=self.experts, top_k=self.top_k, granularity=self.granularity, router=self.router)
-        config = replace(dense, **shape)
-        config.check()
-        if self.router_std == 0 and self.granularity > 1:
+        self.config.check()
+        if self.router_std == 0 and self.cut > 1:
             raise ValueError(
                 f"router_std is 0 with granularity {self.granularity}: all logits tie, and which parts of which "
-                "replica a token gets is left to the reader's top-k (router_std above 0, such as 0.02)"
+                "copy a token gets is left to the reader's top-k (router_std above 0, such as 0.02)"
             )
-        return config
+
+    def check_mixture(self):
+        """What a mixture's copies leave no choice about."""
+        experts, top_k = self.source.experts, self.source.top_k
+        for name in ("granularity", "router"):
+            own, given = getattr(self.source, name), getattr(self, name)
+            if given not in (None, own):
+                raise ValueError(f"{name} is {given!r}, and that of the mixture {own!r} (leave it out)")
+        if self.experts < 2 * experts or self.experts % experts:
+            right = f"{2 * experts}, {3 * experts} or another multiple"
+            raise ValueError(f"experts is {self.experts}, and the mixture has {experts} ({right})")
+        if self.top_k not in (top_k, top_k * self.copies):
+            same = f"{top_k * self.copies} for the same function"
+            raise ValueError(f"top_k is {self.top_k} ({top_k} as before, or {same} at more work a token)")
+
+    @property
+    def config(self):
+        """The Config of the new model."""
+        shape = dict(experts=self.experts, top_k=self.top_k, granularity=self.granularity, router=self.router)
+        return replace(self.source, **shape)
+
+    @property
+    def copies(self):
+        """Of each expert of the source; a dense model is one expert."""
+        return self.experts // (self.source.experts or 1)
+
+    @property
+    def cut(self):
+        """Parts that a copy is cut into. A mixture's experts were cut before."""
+        return 1 if self.source.experts else self.granularity
+
+    def changed(self, neurons):
+        """How many of so many neurons the method changes."""
+        nothing = self.method == "copy" or (self.method == "noise" and self.noise_std == 0)
+        return 0 if nothing else int(getattr(self, f"{self.method}_ratio") * neurons)
 
     def factor(self, matrix):
-        """The number that gate_proj, up_proj or down_proj is multiplied by."""
-        E, K, G = self.experts, self.top_k, self.granularity
-        c = G if self.router == "topk-softmax" else E * G / K
-        if self.scale == "cube-root":
-            return c ** (1 / 3)
-        return c if self.scale == "exact" and matrix == "down_proj" else 1
+        """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size.
 
-    def dtype(self, source, F):
-        """`source`, where it holds the result for F neurons exactly, or else fp32."""
-        powers_of_two = all(math.frexp(self.factor(m))[0] == 0.5 for m in ("gate_proj", "up_proj", "down_proj"))
-        noisy = self.method == "noise" and self.noise_std > 0 and int(self.noise_ratio * F) > 0
-        return source if powers_of_two and not noisy else torch.promote_types(source, torch.float32)
+        Copies add amplitudes, for they agree; independent experts add variances, see moe.output_scale."""
+        before = self.source.top_k if self.source.experts else 1
+        size = {
+            "topk-softmax": self.cut,  # scores sum to one, whatever is chosen; the parts of a copy share its score
+            "softmax-topk": self.cut * self.copies * before / self.top_k,  # 1/m of a score, for equal logits
+        }[self.router]
+        return {
+            "exact": size if matrix == "down_proj" else 1,  # SwiGLU is linear in down_proj, and in nothing else
+            "cube-root": size ** (1 / 3),  # as published: right for a squared ReLU, s^3 relu(a)^2, wrong for SwiGLU
+            "none": 1,
+        }[self.scale]
+
+    def dtype(self, stored):
+        """`stored`, where it holds the result exactly, or else fp32."""
+        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)
+        held = self.method in EXACT or not self.changed(self.source.intermediate_size)
+        return stored if powers_of_two and held else torch.promote_types(stored, torch.float32)
+
+    def entry(self):
+        """What the lineage says: all but the options of other methods."""
+        fields = {k: v for k, v in asdict(self).items() if k != "source"}
+        others = METHODS.keys() - {self.method}
+        return {"step": "upcycle"} | {k: v for k, v in fields.items() if k.split("_")[0] not in others}
 
 
 def parse(text):
@@ -143,157 +184,156 @@ def parse(text):
     return int(match[1]), int(match[2])
 
 
-def lineage_step(experts, top_k, **options):
-    """The entry of run.json's lineage: the fields of Recipe, without those of other methods."""
-    fields = asdict(Recipe(experts, top_k, **options))
-    other = {"drop", "noise"} - {fields["method"]}
-    return {"step": "upcycle"} | {k: v for k, v in fields.items() if k.split("_")[0] not in other}
-
-
 # ---- the mathematics ------------------------------------------------------------------------------------------------
 
 
+def normal(what, layer, number, shape, std, r):
+    """Random numbers that depend on (seed, layer, expert, matrix) alone: folder, module and rank get the same bits. A
+    mixture that is upcycled with the seed it was made with gets other ones."""
+    made = f"upcycled from {r.source.experts}" if r.source.experts else "upcycled"
+    return model.normal(shape, std, r.seed, layer, number, f"{made} {what}")
+
+
 def short(t):
-    """t rounded to numbers that bf16 and fp16 both hold."""
+    """t rounded to numbers that bf16 and fp16 both hold, so that a folder keeps its dtype."""
     return t.bfloat16().half().float()
 
 
-def replica(w, matrix, layer, e, r):
-    """Replica e of the dense matrix w, gate or up (F, D) or down (D, F), as G parts of F / G neurons. r: a Recipe."""
+# A method takes chosen neurons of a matrix, W_S, and returns other ones. draw(std) gives normal numbers of their shape.
+
+
+def drop(W_S, draw, r):
+    """Drop-Upcycling (2502.19261): the neurons S are forgotten, W_S <- N(mean(W_S), std(W_S)^2) in each matrix.
+
+    The paper's code draws S anew for each of gate, up and down, which spoils 1 - (1 - ratio)^3 of the neurons: at 1/2,
+    seven of eight. Here S is one for all three, and a neuron is old or new."""
+    std, mean = (s.float().item() for s in torch.std_mean(W_S.double()))  # a sum in fp32 depends on the threads
+    return short(draw(std) + mean)
+
+
+def noise(W_S, draw, r):
+    """W_S + N(0, noise_std^2)."""
+    return W_S + draw(r.noise_std)
+
+
+METHODS = {"copy": None, "noise": noise, "drop": drop}
+EXACT = ("copy", "drop")  # methods whose numbers bf16 and fp16 hold; for others the folder is written in fp32
+
+
+def router(layer, r, w_ED=None):
+    """The new router's rows. w_ED: those of a mixture, which its copies take over; the first copy keeps its row."""
+    D, m, G = r.source.hidden_size, r.copies, r.granularity
+    random = normal("router", layer, 0, (r.experts, 1, D), r.router_std, r)
+    if w_ED is None:
+        return short(random).expand(-1, G, -1).reshape(-1, D)  # the G parts of a copy are neighbours, and tie
+    rows = w_ED.view(-1, 1, G, D).repeat(1, m, 1, 1)  # of each expert m copies, neighbours too
+    if r.router_std:
+        rows[:, 1:] = short(rows.float() + random.view(-1, m, 1, D))[:, 1:]
+    return rows.view(-1, D)
+
+
+def copy(w, matrix, layer, number, r):
+    """Copy `number` of the matrix w, gate or up (neurons, D) or down (D, neurons), as a tuple of parts."""
     axis = 1 if matrix == "down_proj" else 0  # of the neurons
-    F = w.shape[axis]
-    changed = int({"copy": 0, "noise": r.noise_ratio, "drop": r.drop_ratio}[r.method] * F)
-    if changed:
-        S = model.normal((F,), 1, r.seed, layer, e, "upcycled neurons").argsort(stable=True)[:changed]
-        old, key = w.index_select(axis, S), (r.seed, layer, e, f"upcycled {matrix}")
-        if r.method == "drop":  # in fp64: a sum in fp32 would depend on the number of threads
-            std, mean = (s.float().item() for s in torch.std_mean(old.double()))
-            new = short(model.normal(old.shape, std, *key) + mean)
-        else:
-            new = old + model.normal(old.shape, r.noise_std, *key)
-        w = w.index_copy(axis, S, new.to(w.dtype))
+    size = w.shape[axis]
+    first = r.source.experts and number // r.granularity % r.copies == 0  # of a mixture the first copy stays as it is
+    if r.changed(size) and not first:
+        S = normal("neurons", layer, number, (size,), 1, r).argsort(stable=True)[: r.changed(size)]
+        W_S = w.index_select(axis, S)
+        other = METHODS[r.method](W_S, lambda std: normal(matrix, layer, number, W_S.shape, std, r), r)
+        w = w.index_copy(axis, S, other.to(w.dtype))
     if r.factor(matrix) != 1:
         w = w * r.factor(matrix)
-    return w.chunk(r.granularity, axis)
+    return w.chunk(r.cut, axis)
 
 
-def pieces(name, read, r):
-    """Yields what parameter `name` of the mixture consists of, in the order of model.public_tensors: one tensor, or a
-    layer's experts matrix by matrix. read(name) gives a parameter of the dense model."""
-    prefix, _, last = name.partition(".mlp.")
-    if not last:
-        yield read(name)
-        return
-    layer = int(prefix.split(".")[-1])
-    if last == "gate.weight":
-        D = len(read(f"{prefix}.input_layernorm.weight"))
-        rows = short(model.normal((r.experts, D), r.router_std, r.seed, layer, 0, "upcycled router"))
-        yield rows.repeat_interleave(r.granularity, 0)  # neighbours in one virtual group
-        return
-    matrices = ("gate_proj", "up_proj") if last == "experts.gate_up_proj" else ("down_proj",)
-    dense = {m: read(f"{prefix}.mlp.{m}.weight") for m in matrices}
-    for e in range(r.experts):
-        for parts in zip(*(replica(w, m, layer, e, r) for m, w in dense.items())):
-            yield from parts
+def operator(config, experts, top_k, **options):
+    """The operators.Operator that upcycles models of Config `config`. options: the other fields of Recipe.
+
+    Raises ValueError on a recipe that cannot be followed."""
+    r = Recipe(config, experts, top_k, **options)
+    parts = functools.lru_cache(maxsize=2)(functools.partial(copy, r=r))  # gate and up serve r.cut tensors in turn
+
+    def formula(name):
+        layer, i, matrix, kind = checkpoint.place(name)
+        match kind, matrix, i:
+            case "weight", "gate", None:
+                return [name] if r.source.experts else [], lambda *w: router(layer, r, *w)
+            case "weight", "gate_proj" | "up_proj" | "down_proj", int():
+                prefix, (e, g) = f"model.layers.{layer}.mlp", divmod(i, r.granularity)
+                if r.source.experts:  # copies are neighbours: expert e is made of expert e // m
+                    prefix += f".experts.{e // r.copies * r.granularity + g}"
+                number, part = divmod(i, r.cut)
+                return [f"{prefix}.{matrix}.weight"], lambda w: parts(w, matrix, layer, number)[part]
+            case "weight", "embed_tokens" | "norm" | "lm_head" | "input_layernorm" | "post_attention_layernorm", None:
+                return [name], lambda w: w
+            case "weight", "q_proj" | "k_proj" | "v_proj" | "o_proj" | "q_norm" | "k_norm", None:
+                return [name], lambda w: w
+        raise ValueError(f"upcycling has no rule for the tensor {name} (add one to the formula in upcycle.py)")
+
+    return operators.Operator(r.config, formula, r.entry(), r.dtype)
 
 
-@torch.no_grad()
 def upcycle(module, experts, top_k, each=lambda block: None, **options):
-    """A new model.Transformer made from the dense `module`, which stays as it is. options: the other fields of Recipe.
+    """A new model.Transformer made from `module`, which stays as it is. options: the other fields of Recipe.
 
-    each(block) is called with every block as soon as it is whole and before the next is made: a trainer can shard it
-    there, so that no rank ever holds all experts of all layers. Raises ValueError on a recipe that cannot be followed.
-    """
-    r = Recipe(experts, top_k, **options)
-    config = r.check(module.config)
-    old = module.state_dict()
-    device, dtype = old["lm_head.weight"].device, r.dtype(old["lm_head.weight"].dtype, config.intermediate_size)
-    read = lambda name: old[name].cpu().to(dtype)
-    with torch.device("meta"):
-        new = model.Transformer(config)
-
-    def fill(part, prefix):
-        state = {}
-        for name, empty in part.state_dict().items():
-            state[name] = torch.empty(empty.shape, dtype=dtype, device=device)
-            for i, piece in enumerate(pieces(prefix + name, read, r)):
-                state[name].view(-1, *piece.shape)[i] = piece
-        part.load_state_dict(state, assign=True)
-
-    fill(new.model.embed_tokens, "model.embed_tokens.")
-    for i, block in enumerate(new.model.layers):
-        fill(block, f"model.layers.{i}.")
-        each(block)
-    fill(new.model.norm, "model.norm.")
-    if config.tie_word_embeddings:
-        new.lm_head.weight = new.model.embed_tokens.weight
-    else:
-        fill(new.lm_head, "lm_head.")
-    return new.train(module.training)
+    each(block) is called with every block as soon as it is whole, see operators.apply_to_module. Raises ValueError on
+    a recipe that cannot be followed."""
+    return operators.apply_to_module(module, operator(module.config, experts, top_k, **options), each)
 
 
-# ---- the folder -----------------------------------------------------------------------------------------------------
-
-
-def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=model.SHARD_SIZE, **options):
-    """Makes the checkpoint folder dst from the dense one src, a tensor at a time. Returns (Config, dtype, bytes).
+def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=operators.SHARD_SIZE, **options):
+    """Makes the checkpoint folder dst from src, a folder or a public model's name. Returns (Operator, dtype, bytes).
 
     source_tokens: what a public source was trained on; shard_size: bytes a file at most (a larger tensor has its own).
     Everything is checked before anything is written, and dst appears only when it is whole. Raises ValueError,
-    FileNotFoundError, or OSError if writing fails.
-    """
-    src, r = Path(src), Recipe(experts, top_k, **options)
-    dense = model.read_config(src)
-    config = r.check(dense)
-    found, stored = model.inspect(src, dense)
-    tokenizer, lineage = model.read_lineage(src, source_tokens)
-    dtype = r.dtype(stored, config.intermediate_size)
-
-    def read(name):
-        return next(model.read_tensors({name: found[name]}))[1].to(dtype)
-
-    with torch.device("meta"):
-        names = model.Transformer(config).state_dict()
-    if config.tie_word_embeddings:
-        del names["lm_head.weight"]
-    stream = (piece for name in names for piece in pieces(name, read, r))
-    run = {"tokenizer": tokenizer, "lineage": [*lineage, lineage_step(experts, top_k, **options)]}
-    return config, dtype, model.write_folder(src, dst, config, dtype, stream, run, shard_size)
+    FileNotFoundError, or OSError if writing fails."""
+    src = checkpoint.find(src)
+    made = operator(checkpoint.read_config(src), experts, top_k, **options)
+    return made, *operators.apply_to_folder(src, dst, made, source_tokens, shard_size)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
+def command_line():
     parser = model.Parser(
         prog="upcycle.py",
         usage="upcycle.py SRC DST --experts E --top-k K [flags]",
-        description="From a dense checkpoint folder to a mixture of experts.\n\n"
+        description="From a checkpoint folder to a mixture of more experts.\n\n"
         + "\n".join(line[2:] for line in __doc__.splitlines() if line.startswith("    python upcycle.py")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # what is not given takes the default of Recipe
     )
     add = parser.add_argument_group("folders").add_argument
-    add("src", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral or Qwen3 one")
+    add("src", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE "
+        "one, or a public model's name such as Qwen/Qwen3-0.6B-Base")  # fmt: skip
     add("dst", metavar="DST", help="folder to make; it must not exist")
     add("--source-tokens", type=float, help="tokens a public SRC was trained on, such as 2e12 (default: unknown)")
-    add("--shard-size", type=float, help=f"bytes of a weights file at most (default: {model.SHARD_SIZE:g})")
+    add("--shard-size", type=float, help=f"bytes of a weights file at most (default: {operators.SHARD_SIZE:g})")
     add = parser.add_argument_group("mixture").add_argument
-    add("--experts", type=int, required=True, help="full-width experts a layer, E")
-    add("--top-k", type=int, required=True, help="full-width experts a token, K")
-    add("--granularity", type=int, help=f"parts each expert is cut into, G (default: {Recipe.granularity})")
-    add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Recipe.router})")
-    add("--router-std", type=float, help=f"deviation of the router's weights; 0: zeros (default: {Recipe.router_std})")
-    add("--scale", choices=SCALES, help="factor that keeps the output's size: G on down_proj, its cube root on all "
-        f"three matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
+    add("--experts", type=int, required=True, help="full-width experts a layer; a multiple of a mixture's")
+    add("--top-k", type=int, required=True, help="full-width experts a token; of a mixture the same, or the multiple")
+    add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or that of the mixture SRC)")
+    add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Config.router}, or that of the "
+        "mixture SRC)")  # fmt: skip
+    add("--router-std", type=float, help=f"deviation of the random part of the new router rows (default: {ROUTER_STD}; 0 "
+        "if SRC is a mixture)")  # fmt: skip
+    add("--scale", choices=SCALES, help="factor that keeps the output's size: on down_proj, its cube root on all three "
+        f"matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
     add = parser.add_argument_group("experts").add_argument
     add("--method", choices=METHODS, help=f"how the copies are made to differ (default: {Recipe.method})")
     add("--drop-ratio", type=float, help=f"drop: share of neurons drawn anew (default: {Recipe.drop_ratio})")
     add("--noise-ratio", type=float, help=f"noise: share of neurons it is added to (default: {Recipe.noise_ratio})")
     add("--noise-std", type=float, help=f"noise: its deviation (default: {Recipe.noise_std})")
     add("--seed", type=int, help=f"of the random numbers (default: {Recipe.seed})")
-    given, caught = vars(parser.parse_args(argv)), []
+    return parser
+
+
+def main(argv=None):
+    parser, caught = command_line(), []
+    given = vars(parser.parse_args(argv))
 
     def leave(number, frame):
         caught.append(number)
@@ -303,20 +343,21 @@ def main(argv=None):
         signal.signal(s, leave)
     try:
         method = given.get("method", Recipe.method)
-        for name in ("drop_ratio", "noise_ratio", "noise_std"):
-            if name in given and name.split("_")[0] != method:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} has no use with --method {method} (--method {name.split('_')[0]})")
-        config, dtype, size = upcycle_folder(**given)
+        for name in given:
+            if (owner := name.split("_")[0]) in METHODS and owner != method:
+                raise ValueError(f"--{name.replace('_', '-')} has no use with --method {method} (--method {owner})")
+        made, dtype, size = upcycle_folder(**given)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if caught:  # asked first: inside torch a KeyboardInterrupt can become another error
             sys.exit(128 + caught[0])
         parser.error(str(error))
-    dst, G = given["dst"], config.granularity
+    dst, config, G = given["dst"], made.config, made.config.granularity
     experts = f"{config.experts * G} experts of width {config.intermediate_size // G}, {config.top_k * G} a token"
     print(f"written: {dst}  ({experts}; {size / 1e9:.3f} GB, {str(dtype).removeprefix('torch.')})")
     if G > 1 and dtype.itemsize < 4:
-        print("note: a reader that routes in this dtype splits a replica now and then; in float32 none does")
+        print("note: a reader that routes in this dtype splits a copy now and then; in float32 none does")
+    if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
+        print("note: copies that are equal in all stay equal in training (--router-std 0.02, --method noise or drop)")
     print(f"next: python train.py --init {dst}")
 
 

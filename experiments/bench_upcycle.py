@@ -6,8 +6,8 @@ wrote, upcycle.py with drop and with noise (which writes fp32, twice the bytes),
 mode with the same eight copies, which must be ours to the bit. A time ends when all files are on the disk (fsync);
 beside it stand the seconds of processors, which other work does not stretch; memory is the most that a process held.
 
-Then: how often a reader that routes in bf16, as transformers and vLLM do, splits a replica: the share of tokens, unit
-normal ones, whose K G largest logits are not K whole replicas. In fp32 and in moe.py there must be none.
+Then: how often a reader that routes in bf16, as transformers and vLLM do, splits a copy: the share of tokens, unit
+normal ones, whose largest logits are not those of top_k whole copies. In fp32 and in moe.py there must be none.
 
     python experiments/bench_upcycle.py                                    # 24 GB of disk, removed at the end
     python experiments/bench_upcycle.py --mergekit .venv/bin/mergekit-moe  # one that is not on the PATH
@@ -30,10 +30,11 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data
+import checkpoint
 import model
 import moe
 import upcycle
+from tokenizer import load_tokenizer
 
 SHAPE = dict(vocab_size=50304, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
              num_key_value_heads=16, head_dim=64, qk_norm=False)  # fmt: skip
@@ -73,7 +74,7 @@ def expert(files, layer, e):
 
 
 def same_experts(a, b):
-    one, two = model.tensor_files(a), model.tensor_files(b)
+    one, two = checkpoint.tensor_files(a), checkpoint.tensor_files(b)
     pairs = ((expert(one, i, e), expert(two, i, e)) for i in range(SHAPE["num_hidden_layers"]) for e in range(8))
     return all(torch.equal(x, y) for pair in pairs for x, y in zip(*pair, strict=True))
 
@@ -82,7 +83,7 @@ def conversions(rounds, mergekit, home):
     source, command = home / "dense", [sys.executable, ROOT / "upcycle.py", home / "dense", home / "made"]
     command += "--experts 8 --top-k 2 --shard-size 1e9".split()
     module = model.init_weights(model.Transformer(model.Config(**SHAPE)), 1).to(torch.bfloat16)
-    model.save(module, source, data.load_tokenizer("bytes"))
+    checkpoint.save(module, source, load_tokenizer("bytes"))
     print(f"dense: {sum(p.numel() for p in module.parameters()) / 1e9:.3f} B parameters in bf16")
     del module
     rows = {"upcycle.py": [], "cp -r of it": [], "upcycle.py --method drop": [], "upcycle.py --method noise": []}
@@ -120,30 +121,30 @@ def conversions(rounds, mergekit, home):
 
 
 @torch.no_grad()
-def split_replicas(tokens=200_000, K=2, E=8):
-    print(f"\nshare of {tokens:,} tokens that get parts of more than K = {K} replicas, E = {E}")
+def split_copies(tokens=200_000, experts=8, top_k=2):
+    print(f"\nshare of {tokens:,} tokens that get parts of more than {top_k} copies, of {experts}")
     print("      D    G   bf16, transformers   fp32, transformers   bf16, moe.py")
     for D in (128, 576):
         x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
         for G in (2, 4, 8):
-            recipe, norm = upcycle.Recipe(E, K, granularity=G), "model.layers.0.input_layernorm.weight"
-            rows = next(upcycle.pieces("model.layers.0.mlp.gate.weight", {norm: torch.empty(D)}.get, recipe))
+            dense = model.Config(hidden_size=D, intermediate_size=G)
+            rows = upcycle.operator(dense, experts, top_k, granularity=G).formula("model.layers.0.mlp.gate.weight")[1]()
             shares = []
             for dtype in (torch.bfloat16, torch.float32):
-                config = MixtralConfig(hidden_size=D, num_local_experts=E * G, num_experts_per_tok=K * G)
+                config = MixtralConfig(hidden_size=D, num_local_experts=experts * G, num_experts_per_tok=top_k * G)
                 router = MixtralTopKRouter(config).to(dtype)
                 router.weight.copy_(rows)
-                shares.append(split(router(x.to(dtype))[2], K, G))
-            ours = moe.MoE(D, G, E, K, G, recipe.router, None).to(torch.bfloat16)
+                shares.append(split(router(x.to(dtype))[2], top_k, G))
+            ours = moe.MoE(D, G, experts, top_k, G).to(torch.bfloat16)
             ours.gate.weight.copy_(rows)
-            shares.append(split(ours.route(x.bfloat16())[1], K, G))
+            shares.append(split(ours.route(x.bfloat16())[1], top_k, G))
             print(f"{D:7}{G:5}{shares[0]:20.2%}{shares[1]:21.2%}{shares[2]:15.2%}", flush=True)
 
 
-def split(chosen, K, G):
-    """The share of tokens whose experts, chosen (T, K G), are not K whole replicas."""
-    chosen = chosen.sort(-1).values.view(-1, K, G)
-    whole = (chosen == chosen[..., :1] // G * G + torch.arange(G)).flatten(1).all(1)
+def split(chosen_TK, top_k, G):
+    """The share of tokens whose experts are not top_k whole copies."""
+    parts = chosen_TK.sort(-1).values.view(-1, top_k, G)
+    whole = (parts == parts[..., :1] // G * G + torch.arange(G)).flatten(1).all(1)
     return 1 - whole.double().mean().item()
 
 
@@ -157,4 +158,4 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, 8 experts, 2 a token, shards of 1 GB")
     with tempfile.TemporaryDirectory(dir=args.folder) as home:
         conversions(args.rounds, args.mergekit, Path(home))
-    split_replicas()
+    split_copies()

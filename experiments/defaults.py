@@ -33,11 +33,10 @@ ROWS = {  # name: flags
 PROBE = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
-import model, train
+import model, settings
 torch.set_num_threads(1)
-parser, args, given = train.read_flags({flags!r})
-config, *_ = train.settle(args, given, 1)
-module = model.init_weights(model.Transformer(config), 1)
+start = settings.settle(*settings.read_flags(settings.get_parser(), {flags!r}), 1)
+module, args = model.init_weights(model.Transformer(start.config), 1), start.settings
 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
 ids = torch.randint(256, (args.batch_tokens // args.context, args.context))
 best = 1e9

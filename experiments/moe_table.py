@@ -44,13 +44,13 @@ def run(seed, out):
 
 def speed(rounds=25):
     """Processor seconds a step of 2,048 tokens on one thread, the shapes in turn."""
-    import train as trainer
+    import settings
 
     torch.set_num_threads(1)
     steps = {}
     for name, flags in (DENSE | MIXTURES).items():
-        parser, args, given = trainer.read_flags([*SHAPE, *flags.split()])
-        module = model.init_weights(model.Transformer(trainer.settle(args, given, 1)[0]), 1)
+        start = settings.settle(*settings.read_flags(settings.get_parser(), [*SHAPE, *flags.split()]), 1)
+        module = model.init_weights(model.Transformer(start.config), 1)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
         ids = torch.randint(256, (8, 256))
 

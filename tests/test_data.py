@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import sysconfig
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import data
+import sources
 from tokenizer import from_ranks, load_tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -42,7 +44,7 @@ def test_python_corpus_needs_no_download_and_caches(tmp_path):
     assert 7e6 < corpus.about["bytes"] < 12e6 and corpus.bytes_per_token == 1
     assert (corpus.weight, other.weight) == (1, 0)
     assert 0.03 < len(corpus.val) / (len(corpus.val) + len(corpus.train)) < 0.06
-    assert "test" not in {p for _, path in data.list_files("python") for p in path.parts[:-1]}
+    assert "test" not in {p for _, path in sources.list_files("python") for p in path.parts[:-1]}
     assert corpus.about["source"].startswith("python 3") and "torch" in other.about["source"]
     stamp = (tmp_path / "cache").stat().st_mtime_ns
     again = make(tmp_path, "python")[0]
@@ -53,16 +55,16 @@ def test_requirements_are_the_packages():
     """But for the two that came when the corpora had been measured: their text would be another one."""
     lines = (Path(data.__file__).parent / "requirements.txt").read_text().splitlines()
     wanted = {line.split(">")[0].split()[0] for line in lines}
-    assert wanted - {"tokenizers", "huggingface_hub"} == {*data.PACKAGES} - {"_pytest"}
+    assert wanted - {"tokenizers", "huggingface_hub"} == {*sources.PACKAGES} - {"_pytest"}
 
 
 def test_english_is_prose_of_the_packages_and_no_code_of_python(tmp_path):
     code = '"""Module."""\ndef f():\n    """Says\n    this."""\n    return "code"\n'
     package = write(tmp_path, {"a.py": code, "b.py": "x ="})
-    assert data.read_docstrings(package / "a.py") == b"Module.\n\nSays\nthis."
-    assert data.read_docstrings(package / "b.py") is None
-    assert b"lambda" in data.read_docstrings(STDLIB / "pydoc_data/topics.py")
-    assert not {*data.list_files("english")} & {*data.list_files("python")}
+    assert sources.read_docstrings(package / "a.py") == b"Module.\n\nSays\nthis."
+    assert sources.read_docstrings(package / "b.py") is None
+    assert b"lambda" in sources.read_docstrings(STDLIB / "pydoc_data/topics.py")
+    assert not {*sources.list_files("english")} & {*sources.list_files("python")}
 
 
 def test_validation_takes_whole_files_by_the_hash_of_their_name(tmp_path):
@@ -99,6 +101,70 @@ def test_jsonl_documents_are_its_text_fields(tmp_path):
     corpus = make(tmp_path, "j=" + str(write(tmp_path, {"a.jsonl": "\n".join(lines) + "\n"}) / "a.jsonl"))[0]
     assert corpus.name == "j" and corpus.about["documents"] == 100
     assert BYTES.decode(corpus.train[:40]).startswith("document 0 \u2028 <|endoftext|>\0document 1")
+
+
+def test_a_lone_surrogate_is_replaced_and_counted(tmp_path):
+    lines = [json.dumps({"text": f"document {i} \ud83d|\ud83d\ude42|\udc00"}) for i in range(50)]  # half a pair, a pair
+    about, documents = sources.read_documents("x", [("a", write(tmp_path, {"a.jsonl": "\n".join(lines)}) / "a.jsonl")])
+    assert documents[7][1].decode() == "document 7 \ufffd|🙂|\ufffd" and about["about"]["replaced"] == 100
+    assert make(tmp_path, str(tmp_path / "a.jsonl"))[0].about["replaced"] == 100
+
+
+TWO_LINES = '{"text": "one"}\n\n{"text": "two", "id": 2}\n'
+KINDS_OF_LINES = {  # file name: (content, documents)
+    "a.JSONL": (TWO_LINES, ["one", "two"]),
+    "a.ndjson": (TWO_LINES, ["one", "two"]),
+    "a.NDJson": (TWO_LINES, ["one", "two"]),
+    "a.json": (TWO_LINES, ["one", "two"]),
+    "a.txt": (TWO_LINES, ["one", "two"]),
+    "part-0001": ('{"id": 1, "text": "one"}', ["one"]),
+    "package.json": ('{\n "text": "a package"\n}\n', ['{\n "text": "a package"\n}\n']),
+    "small.json": ('{"private": true}\n', ['{"private": true}\n']),
+    "brace.c": ("{\n}\n", ["{\n}\n"]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_LINES)
+def test_json_lines_are_known_by_ending_or_content_and_other_json_is_text(tmp_path, name):
+    content, documents = KINDS_OF_LINES[name]
+    found = sources.read_documents("x", [("a", write(tmp_path, {name: content}) / name)])[1]
+    assert [text.decode() for _, text in found] == documents
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.json"])
+def test_a_missing_field_names_the_fields_that_are_there(tmp_path, name):
+    write(tmp_path, {name: '{"content": "one", "url": "x"}\n{"content": "two", "url": "y"}\n'})
+    with pytest.raises(ValueError, match="line 1 has no text: its fields are 'content', 'url'"):
+        make(tmp_path, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf16_without_a_mark_is_refused(tmp_path, encoding):
+    text = "half of these bytes are NUL\n".encode(encoding) * 99
+    write(tmp_path, {"a.txt": text, "b.txt": "one NUL \0 is text\n" * 99})
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text but UTF-16"):
+        make(tmp_path, str(tmp_path / "a.txt"))
+    assert make(tmp_path, str(tmp_path / "b.txt"))[0].about["documents"] == 1
+
+
+def test_ready_tokens_without_meta_json_say_what_to_write_into_it(tmp_path):
+    tokens = np.arange(300, dtype="<u2").tobytes()
+    folder = write(tmp_path / "r", {"train.bin": tokens, "val.bin": tokens})
+    with pytest.raises(ValueError, match="meta.json is missing") as error:
+        make(tmp_path, str(folder))
+    proposal = re.search(r"\{.*\}", str(error.value)).group()
+    (folder / "meta.json").write_text(proposal)  # as it stands, it is right for nanoGPT's files
+    assert make(tmp_path, str(folder), load_tokenizer("ids:50257"))[0].vocab_size == 50257
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch):
+    write(tmp_path, {"date=2024.txt": "text\n" * 99, "2024.txt": "another\n" * 99})
+    monkeypatch.chdir(tmp_path)
+    (corpus,) = make(tmp_path, "date=2024.txt:0.5")
+    assert corpus.name == "date-2024" and corpus.about["bytes"] == 5 * 99
+    assert make(tmp_path, "date=./2024.txt")[0].name == "date"  # a file of another name has that name in front
+    (tmp_path / "date=2024.txt").unlink()
+    assert make(tmp_path, "date=2024.txt")[0].about["bytes"] == 8 * 99
 
 
 def test_bits_per_byte_count_an_end_as_a_byte_for_every_tokenizer(tmp_path):
@@ -138,6 +204,7 @@ BAD = {  # files, specification, words
     "not UTF-8": ({"a.txt": b"abc\xff" * 99}, "{}/a.txt", "not UTF-8 text at byte 3"),
     "not UTF-8 in a folder": ({"d/a.txt": b"abc\xff" * 99, "d/b.txt": "b" * 99}, "{}/d", "not UTF-8"),
     "jsonl without text": ({"a.jsonl": '{"text": "a"}\n{"t": 1}\n'}, "{}/a.jsonl", "line 2"),
+    "jsonl of lists": ({"a.jsonl": '["text"]'}, "{}/a.jsonl", "no object"),
     "jsonl no json": ({"a.jsonl": "text"}, "{}/a.jsonl", "line 1"),
     "a few bytes": ({"a.txt": "few"}, "{}/a.txt", "3 bytes"),
     "a name twice": ({"a.txt": "a"}, "{0}/a.txt,a={0}/a.txt", "two corpora of the name 'a'"),
@@ -223,11 +290,14 @@ def test_processes_that_prepare_at_once_do_not_disturb_each_other(tmp_path):
 
 
 def test_what_a_killed_preparation_left_is_removed_after_a_day(tmp_path):
+    write(tmp_path, {"cache/~old/thesis.txt": "of the user", "cache/~backup-1.txt": "of the user"})
     write(tmp_path, {"a.txt": "text\n" * 999, "cache/~regrow-1/a-0/train.bin": "", "cache/~regrow-2/a-0/train.bin": ""})
     yesterday = time.time() - 100_000
-    os.utime(tmp_path / "cache/~regrow-1", (yesterday, yesterday))
+    for name in ("~regrow-1", "~old", "~backup-1.txt"):
+        os.utime(tmp_path / "cache" / name, (yesterday, yesterday))
     make(tmp_path, str(tmp_path / "a.txt"))
-    assert [path.name for path in sorted(tmp_path.glob("cache/~*"))] == ["~regrow-2"]
+    assert [path.name for path in sorted(tmp_path.glob("cache/~*"))] == ["~backup-1.txt", "~old", "~regrow-2"]
+    assert (tmp_path / "cache/~old/thesis.txt").read_text() == "of the user"
 
 
 def test_a_preparation_that_fails_leaves_nothing(tmp_path):

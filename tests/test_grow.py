@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
+import checkpoint
 import grow
-import laws
 import model
-import train as train_py
+import operators
+from checkpoint import unpack
 from model import Config, Transformer
 
 SMALL = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -23,6 +23,8 @@ SHAPES = {
     "llama, one key-value head": dict(num_key_value_heads=1, head_dim=10),
     "qwen3": dict(qk_norm=True),
     "qwen3, grouped queries, tied": dict(qk_norm=True, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": dict(qkv_bias=True),
+    "qwen2, grouped queries, tied": dict(qkv_bias=True, num_key_value_heads=2, tie_word_embeddings=True),
     "mixtral": dict(experts=4, top_k=2, num_key_value_heads=2),
     "mixtral, granularity 2, tied": dict(experts=3, top_k=2, granularity=2, tie_word_embeddings=True),
     "qwen3_moe, grouped queries": dict(experts=4, top_k=1, granularity=2, qk_norm=True, num_key_value_heads=2),
@@ -63,7 +65,6 @@ def logits(module, ids=IDS):
 
 def settings(**how):
     return dict(axis="depth", operator="direct", factor=2, layers=None, seed=1) | how
-
 
 
 # ---- the function ---------------------------------------------------------------------------------------------------
@@ -128,6 +129,37 @@ def test_equal_experts_stay_equal_so_that_ties_fall_as_before():
     big = grow.grow(small, "width", "direct", 3)
     assert all(torch.equal(m.mlp.gate.weight[1::2], m.mlp.gate.weight[::2]) for m in big.model.layers)
     assert (logits(big) - logits(small)).abs().max() < 1e-10
+
+
+def test_new_heads_get_the_biases_of_their_originals_or_none():
+    small = make("qwen2")
+    old = small.model.layers[2].self_attn
+    direct, zero, random = (grow.grow(small, "width", o, 2).model.layers[2].self_attn for o in grow.OPERATORS)
+    for n in ("q_proj.bias", "k_proj.bias", "v_proj.bias"):
+        b = old.get_parameter(n)
+        assert torch.equal(direct.get_parameter(n), torch.cat((b, b)))
+        for attention in (zero, random):
+            assert torch.equal(attention.get_parameter(n), torch.cat((b, torch.zeros_like(b))))
+
+
+@pytest.mark.parametrize("how", ALL)
+@pytest.mark.parametrize("name", ["self_attn.o_proj.bias", "mlp.shared_expert_gate.weight", "mlp.gate.bias",
+                                  "post_feedforward_layernorm.weight", "mlp.up_proj.bias"])  # fmt: skip
+def test_a_tensor_that_growth_does_not_know_is_refused_by_name(name, how):
+    with pytest.raises(ValueError, match=re.escape(name)):
+        grow.growth(make().config, **ALL[how]).formula(f"model.layers.1.{name}")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("how", ALL)
+def test_every_tensor_of_a_grown_model_is_made_of_tensors_of_the_small_one(name, how):
+    small, operator = make(name), grow.growth(make(name).config, **ALL[how])
+    old = dict(unpack(small.config, small.state_dict()))
+    with torch.device("meta"):
+        big = Transformer(operator.config)
+    for n, t in unpack(operator.config, big.state_dict()):
+        names, function = operator.formula(n)
+        assert function(*(old[m] for m in names)).shape == t.shape
 
 
 @pytest.mark.parametrize("how", ["depth-zero", "width-zero"])
@@ -216,6 +248,24 @@ def test_the_open_mask_leaves_random_entries_of_the_size_of_the_old_ones():
     assert torch.allclose(gain[:24], small.model.layers[1].input_layernorm.weight) and (gain[24:] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["qwen3, grouped queries, tied", "qwen2", "mixtral"])
+@pytest.mark.parametrize("axis", ["depth", "width"])
+def test_behind_the_mask_parameters_keep_their_names_and_hold_raw_numbers(name, axis):
+    small, how = make(name), dict(axis=axis, operator="random", factor=2)
+    big, opened = (grow.grow(small, **how) for _ in range(2))
+    names, kinds = [n for n, _ in big.named_parameters()], {n: type(m) for n, m in big.named_modules()}
+    mask = grow.Mask(big, grow.lineage_step(small.config, **how), 4)
+    grow.Mask(opened, grow.lineage_step(small.config, **how), 4).open(4)
+    assert [n for n, _ in big.named_parameters()] == names and equal(big, opened)
+    again = grow.Mask(grow.grow(small, **how), grow.lineage_step(small.config, **how), 4, draw=False)
+    again.module.load_state_dict(big.state_dict())  # a resumed run: the raw numbers are stored
+    for done in (2, 4):
+        mask.open(done)
+        again.open(done)
+        assert torch.equal(logits(big), logits(again.module))
+    assert {n: type(m) for n, m in big.named_modules()} == kinds
+
+
 def test_each_new_expert_is_as_large_as_the_one_it_joins():
     small, how = make("mixtral"), dict(axis="depth", operator="random", factor=2)
     small.model.layers[0].mlp.experts.down_proj.data[1] *= 10
@@ -243,84 +293,6 @@ def test_what_lies_behind_the_mask_learns_as_it_opens():
     before = {n: p.clone() for n, p in big.named_parameters()}
     train(big, 2)
     assert all(not torch.equal(p, before[n]) for n, p in big.named_parameters())
-
-
-# ---- learn ----------------------------------------------------------------------------------------------------------
-
-
-def batches(steps):
-    for i in range(steps):
-        ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(i))
-        ids[:, 1::2] = (ids[:, ::2] * 5 + 1) % 97  # something to learn
-        yield ids[:, :-1], ids[:, 1:]
-
-
-@pytest.mark.parametrize("axis", ["depth", "width"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_learned_maps_lower_the_loss(name, axis):
-    small = make(name)
-    before = {n: t.clone() for n, t in small.state_dict().items()}
-    first, last = (grow.learn(small, batches(n), axis, 2, lr=5e-3) for n in (0, 20))
-    x, y = next(batches(1))
-    with torch.no_grad():
-        assert last(x, y)[1] < first(x, y)[1] - 0.03
-    big = grow.grow(small, axis, "direct", 2)
-    assert last.config == big.config and last.state_dict().keys() == big.state_dict().keys()
-    assert (last.lm_head.weight is last.model.embed_tokens.weight) == small.config.tie_word_embeddings
-    assert all(torch.equal(t, before[n]) for n, t in small.state_dict().items())
-    train(last, 1)
-    assert all(torch.equal(t, before[n]) for n, t in small.state_dict().items())  # nothing is shared
-
-
-def test_depth_starts_as_the_stack_and_a_layer_is_a_sum_of_old_ones(monkeypatch):
-    monkeypatch.setattr(model, "normal", lambda shape, *_: torch.zeros(shape))
-    small = make("mixtral")
-    assert equal(grow.learn(small, [], "depth", 2), grow.grow(small, factor=2))
-
-
-def test_width_is_tied_as_in_the_paper():
-    """Whatever the maps B: W' = B_out W B_in^T, one B for all that touches the residual stream; o_proj reads by the
-    map of v_proj, head by head."""
-    small = make("llama, grouped queries, tied")
-    big = grow.learn(small, batches(3), "width", 2)
-    old, new = small.state_dict(), big.state_dict()
-    B = torch.linalg.lstsq(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"]).solution.T  # E' = E B^T
-    first = "model.layers.1."
-    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-        assert torch.allclose(new[first + norm], B @ old[first + norm], atol=1e-4)
-    q, v, o = (f"{first}self_attn.{m}_proj.weight" for m in "qvo")
-    Bq = (torch.linalg.pinv((old[q] @ B.T).T) @ new[q].T).T.reshape(8, 8, 4, 8)  # one solution of Bq (W B^T) = W'
-    assert torch.allclose(Bq.reshape(64, 32) @ old[q] @ B.T, new[q], atol=1e-4)
-    Bv = (new[v] @ torch.linalg.pinv(old[v] @ B.T)).reshape(4, 8, 2, 8)
-    share = Bv[:, 0, :, 0]  # (new key-value heads, old ones): the same for each dimension of a head
-    assert torch.allclose(torch.kron(share, torch.eye(8)) @ old[v] @ B.T, new[v], atol=1e-3)
-    read = torch.kron(share, torch.eye(16))  # two query heads a group, 8 dimensions a head
-    assert torch.allclose(B @ old[o] @ read.T, new[o], atol=1e-3)
-
-
-def test_learn_on_a_folder_counts_what_it_read_and_spent(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("The five boxing wizards jump quickly. " * 800)
-    shape = ["--hidden-size", "32", "--num-hidden-layers", "2", "--context", "32", "--batch-tokens", "256"]
-    assert train_py.main([*shape, "--data", "a.txt", "--tokens", "7680", "--out", "small"]) == 0
-    capsys.readouterr()
-    grow.main("small big --axis depth --operator learn --factor 2 --steps 8 --batch-tokens 256".split())
-    out = capsys.readouterr().out
-    was, began, ended = (float(n) for n in re.findall(r"(\d\.\d+) (?:the small|grown|after)", out))
-    assert ended < began and was < began
-    step = model.read_json("big/run.json")["lineage"][-1]
-    assert step["tokens"] == step["data"]["a"]["tokens"] == 2048
-    assert step["flops"] == 2048 * model.load("big").flops_per_token(32)
-    assert train_py.main("--init big --tokens 512 --batch-tokens 256 --out child".split()) == 0
-    _, sequence, read, _ = data.position(model.read_json("child/run.json")["lineage"], *parts("a.txt"))
-    assert sequence == read["a"] == (7680 + 2048 + 512) // 32  # no window twice
-    run = laws.read_run("child")
-    assert run["D"] == 7680 + 2048 + 512 and run["flops_total"] > run["flops"] + step["flops"]
-
-
-def parts(spec):
-    tokenizer = data.load_tokenizer("bytes")
-    return data.prepare(spec, tokenizer, context=32), 32, tokenizer.key
 
 
 # ---- the list of layers ---------------------------------------------------------------------------------------------
@@ -369,28 +341,28 @@ def equal(a, b):
 @pytest.mark.parametrize("how", ALL)
 def test_folder_and_module_in_memory_get_the_same_weights(how, name, tmp_path):
     small = make(name)
-    model.save(small, tmp_path / "small")
+    checkpoint.save(small, tmp_path / "small")
     grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(**ALL[how]))
-    big, ours = model.load(tmp_path / "big"), grow.grow(small, **ALL[how])
+    big, ours = checkpoint.load(tmp_path / "big"), grow.grow(small, **ALL[how])
     assert equal(big, ours) and big.config == ours.config
     assert {p.name for p in (tmp_path / "big").iterdir()} == {"config.json", "run.json", "model.safetensors"}
 
 
 def test_what_is_larger_than_a_shard_is_written_in_shards(tmp_path):
-    model.save(make(), tmp_path / "small")
+    checkpoint.save(make(), tmp_path / "small")
     for name, shard in (("a", 20_000), ("b", 10**9)):
         grow.grow_folder(tmp_path / "small", tmp_path / name, **settings(axis="width"), shard_size=shard)
     files = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
     assert len(files) > 10 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     assert max(p.stat().st_size for p in (tmp_path / "a").glob("*.safetensors")) < 25_000
-    assert equal(model.load(tmp_path / "a"), model.load(tmp_path / "b"))
+    assert equal(checkpoint.load(tmp_path / "a"), checkpoint.load(tmp_path / "b"))
     index = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(files)
-    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.load(tmp_path / "a").parameters())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in checkpoint.load(tmp_path / "a").parameters())
 
 
 @pytest.mark.parametrize("how", ALL)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path, transformers):
     more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
     if kind == "mixtral":
@@ -407,7 +379,7 @@ def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path, trans
     grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(**ALL[how]), shard_size=50_000)
     big = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "big", dtype=torch.float32).eval()
     with torch.no_grad():
-        assert (big(IDS).logits - logits(model.load(tmp_path / "big"))).abs().max() < 1e-5
+        assert (big(IDS).logits - logits(checkpoint.load(tmp_path / "big"))).abs().max() < 1e-5
         if how in EXACT:
             assert (big(IDS).logits - small(IDS).logits).abs().max() < 1e-5
 
@@ -415,34 +387,34 @@ def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path, trans
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, grouped queries"])
 def test_experts_that_lie_in_one_tensor_are_read(name, tmp_path):
     small = make(name)
-    model.save(small, tmp_path / "small")
+    checkpoint.save(small, tmp_path / "small")
     state = load_file(tmp_path / "small/model.safetensors")
     state = {n: t for n, t in state.items() if ".experts." not in n}
     state |= {n: t for n, t in small.state_dict().items() if ".experts." in n}
     save_file(state, tmp_path / "small/model.safetensors")
     grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(axis="width"))
-    assert equal(model.load(tmp_path / "big"), grow.grow(small, "width", "direct", 2))
+    assert equal(checkpoint.load(tmp_path / "big"), grow.grow(small, "width", "direct", 2))
 
 
 @pytest.mark.parametrize("axis, dtype, said", [("depth", "BF16", "bfloat16 as in the source"),
                                                ("width", "F32", "float32: not exact in the source's")])  # fmt: skip
 @pytest.mark.parametrize("operator", ["direct", "zero"])
 def test_bf16_stays_where_it_is_exact_and_becomes_fp32_where_not(axis, operator, dtype, said, tmp_path):
-    model.save(make("qwen3", torch.bfloat16), tmp_path / "small")
+    checkpoint.save(make("qwen3", torch.bfloat16), tmp_path / "small")
     line = grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(axis=axis, operator=operator))
     assert said in line
-    with model.opened(tmp_path / "big/model.safetensors") as f:
+    with checkpoint.opened(tmp_path / "big/model.safetensors") as f:
         assert {f.get_slice(n).get_dtype() for n in f.keys()} == {dtype}
     assert json.loads((tmp_path / "big/config.json").read_text())["dtype"] == {"F32": "float32"}.get(dtype, "bfloat16")
     if (axis, operator) != ("depth", "direct"):
-        small, big = (model.load(tmp_path / n) for n in ("small", "big"))
+        small, big = (checkpoint.load(tmp_path / n) for n in ("small", "big"))
         assert (logits(big) - logits(small)).abs().max() < 1e-5
         if axis == "width":
             assert equal(big, grow.grow(make("qwen3", torch.bfloat16), axis, operator))
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path, capsys):
-    model.save(make(), tmp_path / "small")
+    checkpoint.save(make(), tmp_path / "small")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "trainer.pt", "log.csv"):
         (tmp_path / "small" / name).write_text(name)
     command = "--axis depth --operator direct --factor 2 --source-tokens 2e12".split()
@@ -459,9 +431,9 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path, capsys):
 
 
 def test_lineage_of_a_run_goes_on(tmp_path):
-    model.save(make(), tmp_path / "small", step=7)
+    checkpoint.save(make(), tmp_path / "small", step=7)
     lineage = [{"step": "train", "tokens": 100, "flops": 1e9, "seed": 1, "data": {}, "settings": {"lr": 0.1}}]
-    model.write_json(tmp_path / "small/run.json", {"tokenizer": "bytes", "step": 7, "lineage": lineage})
+    checkpoint.write_json(tmp_path / "small/run.json", {"tokenizer": "bytes", "step": 7, "lineage": lineage})
     grow.grow_folder(tmp_path / "small", tmp_path / "a", **settings())
     grow.grow_folder(tmp_path / "a", tmp_path / "b", **settings(axis="width", operator="zero", seed=4))
     run = json.loads((tmp_path / "b/run.json").read_text())
@@ -494,9 +466,7 @@ BAD = {
     "both": (dict(layers="0-2,0-2"), "not allowed with argument"),
     "neither": (dict(factor=None), "one of the arguments --factor --layers is required"),
     "no such operator": (dict(operator="magic"), "invalid choice: 'magic'"),
-    "text for stacking": (dict(data="python"), "--data has no use with operator direct"),
-    "no steps": (dict(operator="learn", steps="0"), "0 is not a count"),
-    "no such text": (dict(operator="learn", data="nowhere.txt"), "nowhere.txt"),
+    "text for stacking": (dict(data="python"), "unrecognized arguments: --data python"),
     "no such axis": (dict(axis="height"), "invalid choice: 'height'"),
     "destination exists": (dict(target="small"), "exists (another name"),
     "no source": (dict(source="nothing"), "nothing is not a folder"),
@@ -516,22 +486,22 @@ BAD = {
 def sources(tmp_path_factory):
     """A folder of checkpoint folders, most of them spoilt."""
     root = tmp_path_factory.mktemp("sources")
-    model.save(make(), root / "small")
-    model.save(make("llama, grouped queries, tied"), root / "grouped")
-    model.save(make("mixtral, granularity 2, tied", granularity=4), root / "moe")
+    checkpoint.save(make(), root / "small")
+    checkpoint.save(make("llama, grouped queries, tied"), root / "grouped")
+    checkpoint.save(make("mixtral, granularity 2, tied", granularity=4), root / "moe")
     norm = "model.norm.weight"
     for name, change in {
         "extra": lambda s: s.update(surplus=torch.ones(1)), "lacking": lambda s: s.pop(norm),
         "shape": lambda s: s.update({norm: torch.ones(23)}), "integers": lambda s: s.update({norm: torch.arange(24)}),
     }.items():  # fmt: skip
-        model.save(make(), root / name)
+        checkpoint.save(make(), root / name)
         state = load_file(root / name / "model.safetensors")
         change(state)
         save_file(state, root / name / "model.safetensors")
     for name, run in {"killed": {"step": 8}, "unlisted": {"lineage": {}}, "run": {}, "gpt2": {}, "torn": {}}.items():
-        model.save(make(), root / name, step=7)
-        model.write_json(root / name / "run.json", {"lineage": [{"step": "train"}]} | run)
-    model.write_json(root / "gpt2/config.json", {"model_type": "gpt2"})
+        checkpoint.save(make(), root / name, step=7)
+        checkpoint.write_json(root / name / "run.json", {"lineage": [{"step": "train"}]} | run)
+    checkpoint.write_json(root / "gpt2/config.json", {"model_type": "gpt2"})
     os.truncate(root / "torn/model.safetensors", 5000)
     return root
 
@@ -553,16 +523,16 @@ def test_bad_input_is_one_line_and_changes_nothing(case, sources, monkeypatch, c
 
 
 def test_a_disk_without_room_is_refused_before_any_work(tmp_path, monkeypatch):
-    model.save(make(), tmp_path / "small")
-    monkeypatch.setattr(model.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    checkpoint.save(make(), tmp_path / "small")
+    monkeypatch.setattr(operators.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match="make room"):
         grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings())
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
 
 def test_an_interrupted_growth_leaves_nothing(tmp_path, monkeypatch):
-    model.save(make(), tmp_path / "small")
-    monkeypatch.setattr(model.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    checkpoint.save(make(), tmp_path / "small")
+    monkeypatch.setattr(operators.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     (tmp_path / "small/tokenizer.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt):
         grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings())
@@ -573,4 +543,4 @@ def test_help_opens_with_the_commands_and_every_flag_has_help(capsys):
     with pytest.raises(SystemExit):
         grow.main(["--help"])
     out = capsys.readouterr().out
-    assert out.index("python grow.py SRC DST --axis depth") < out.index("--seed SEED") and "laws.py optimal" in out
+    assert out.index("python grow.py SRC DST --axis depth") < out.index("--seed SEED") and "plan.py optimal" in out

@@ -12,14 +12,14 @@ BOTH = pytest.mark.parametrize("router", moe.ROUTERS)
 FAST = pytest.mark.parametrize("fast", [moe.loop, moe.grouped], ids=["loop", "grouped"])
 
 
-def layer(D=32, width=64, E=4, K=2, G=1, router="topk-softmax", C=None, dtype=torch.float32, seed=0):
+def layer(D=32, width=64, experts=4, top_k=2, G=1, router="topk-softmax", C=None, dtype=torch.float32, seed=0):
     """A layer filled with normals: a small router, experts as wide as a dense layer's, down_proj times output_scale."""
     torch.manual_seed(seed)
-    m = moe.MoE(D, width, E, K, G, router, C).to(dtype)
+    m = moe.MoE(D, width, experts, top_k, G, router, C).to(dtype)
     with torch.no_grad():
         m.gate.weight.normal_(0, 0.02 * D**-0.5)
         m.experts.gate_up_proj.normal_(0, D**-0.5)
-        m.experts.down_proj.normal_(0, moe.output_scale(E, K, G, router) * width**-0.5)
+        m.experts.down_proj.normal_(0, moe.output_scale(experts, top_k, G, router) * width**-0.5)
     return m
 
 
@@ -80,7 +80,7 @@ def test_experts_nobody_visits_get_zero_gradients(fast):
 
 @BOTH
 def test_gradients_agree_with_finite_differences_in_float64(router):
-    m = layer(D=6, width=8, E=3, K=2, G=2, router=router, dtype=torch.float64)
+    m = layer(D=6, width=8, experts=3, top_k=2, G=2, router=router, dtype=torch.float64)
     with torch.no_grad():
         m.gate.weight.normal_()  # far from ties, so that no choice changes within the step of the difference
     names = ["gate.weight", "experts.gate_up_proj", "experts.down_proj"]
@@ -95,7 +95,7 @@ def test_gradients_agree_with_finite_differences_in_float64(router):
 
 
 def test_one_expert_is_the_dense_layer():
-    m, x = layer(E=1, K=1, router="softmax-topk"), torch.randn(2, 9, 32)
+    m, x = layer(experts=1, top_k=1, router="softmax-topk"), torch.randn(2, 9, 32)
     gate, up = m.experts.gate_up_proj[0].detach().chunk(2)
     dense = [w.clone().requires_grad_() for w in (gate, up, m.experts.down_proj[0].detach())]
     x_dense, x_moe = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -110,14 +110,40 @@ def test_one_expert_is_the_dense_layer():
     assert error(m.experts.down_proj.grad[0], dense[2].grad) < 1e-6
 
 
-STARTS = [(router, K, G) for router in moe.ROUTERS for K in (1, 2, 3, 4) for G in (1, 2, 4, 8)]
+def test_the_worked_example_of_the_docstring():
+    logit_TE = torch.tensor([[4, 2, 1, 1], [1, 1, 4, 2], [5, 1, 1, 1]], dtype=torch.float64).log()
+    expert_TK = moe.largest(logit_TE, 2)
+    assert expert_TK.tolist() == [[0, 1], [2, 3], [0, 1]]
+    scores = {name: router.weigh(logit_TE, expert_TK) for name, router in moe.ROUTERS.items()}
+    renormalised = torch.tensor([[4, 2], [4, 2], [5, 1]], dtype=torch.float64) / 6
+    torch.testing.assert_close(scores["topk-softmax"], renormalised)
+    torch.testing.assert_close(scores["softmax-topk"], renormalised * 6 / 8)
+    aux = moe.statistics(logit_TE, expert_TK)
+    assert aux["counts"].tolist() == [2, 2, 1, 1] and aux["balance_loss"].item() == pytest.approx(19 / 18)
+
+
+@pytest.mark.parametrize("router, top_k, G", [("topk-softmax", 2, 1), ("topk-softmax", 2, 4), ("softmax-topk", 2, 4)])
+def test_copies_add_amplitudes_so_that_copy_scale_gives_the_mlp_back(router, top_k, G):
+    m, x = layer(experts=8, top_k=top_k, G=G, router=router, dtype=torch.float64), torch.randn(50, 32).double()
+    gate, up = torch.randn(2, G, 64 // G, 32).double()
+    down = torch.randn(32, 64).double()
+    with torch.no_grad():
+        m.gate.weight.zero_()
+        m.experts.gate_up_proj.copy_(torch.cat([gate, up], dim=1).repeat(8, 1, 1))
+        m.experts.down_proj.copy_(down.view(32, G, -1).transpose(0, 1).repeat(8, 1, 1))
+        m.experts.down_proj *= moe.copy_scale(8, top_k, G, router)
+    dense = F.linear(F.silu(F.linear(x, gate.flatten(0, 1))) * F.linear(x, up.flatten(0, 1)), down)
+    torch.testing.assert_close(m(x)[0], dense)
+
+
+STARTS = [(router, top_k, G) for router in moe.ROUTERS for top_k in (1, 2, 3, 4) for G in (1, 2, 4, 8)]
 STARTS.remove(("topk-softmax", 1, 1))  # refused: the router has no gradient
 
 
-@pytest.mark.parametrize("router, K, G", STARTS)
-def test_output_starts_with_the_variance_of_the_dense_layer(router, K, G):
+@pytest.mark.parametrize("router, top_k, G", STARTS)
+def test_output_starts_with_the_variance_of_the_dense_layer(router, top_k, G):
     D, width, T = 64, 128, 1024
-    m, x = layer(D, width, 8, K, G, router), torch.randn(T, D)
+    m, x = layer(D, width, 8, top_k, G, router), torch.randn(T, D)
     gate, up, down = torch.randn(width, D) * D**-0.5, torch.randn(width, D) * D**-0.5, torch.randn(D, width)
     dense = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T * width**-0.5
     assert abs(m(x)[0].var() / dense.var() - 1) < 0.2
@@ -125,7 +151,7 @@ def test_output_starts_with_the_variance_of_the_dense_layer(router, K, G):
 
 @BOTH
 def test_ties_go_to_the_lower_index(router):
-    m = layer(E=16, K=4, G=4, router=router)
+    m = layer(experts=16, top_k=4, G=4, router=router)
     with torch.no_grad():
         m.gate.weight.copy_(m.gate.weight[::4].repeat_interleave(4, dim=0))  # neighbours share a row, as in upcycling
     _, expert_TK, _ = m.route(torch.randn(500, 32))
@@ -137,11 +163,11 @@ def test_ties_go_to_the_lower_index(router):
 
 @pytest.mark.parametrize("E", [2, 8, 64, 300])
 def test_a_single_choice_among_equals_is_the_first_of_the_stable_sort(E):
-    m, x = layer(E=E, K=1, router="softmax-topk"), torch.randint(-2, 3, (500, 32)).float()
+    m, x = layer(experts=E, top_k=1, router="softmax-topk"), torch.randint(-2, 3, (500, 32)).float()
     with torch.no_grad():
         m.gate.weight.copy_(torch.randint(-1, 2, (E, 32)))  # small whole logits: exact, and often equal
     one = m.route(x)[1]
-    m.top_k = 2
+    m.K = 2
     two = m.route(x)[1]
     logit_TE = x @ m.gate.weight.T
     assert (one == two[:, :1]).all() and (logit_TE.gather(1, two).diff(dim=1) == 0).any()
@@ -150,7 +176,7 @@ def test_a_single_choice_among_equals_is_the_first_of_the_stable_sort(E):
 @BOTH
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_losses_of_a_uniform_router(router, K):
-    m = layer(E=4, K=K, G=2, router=router)
+    m = layer(experts=4, top_k=K, G=2, router=router)
     torch.nn.init.zeros_(m.gate.weight)
     _, aux = m(torch.randn(3, 7, 32))
     assert aux["balance_loss"].item() == pytest.approx(1)
@@ -160,28 +186,62 @@ def test_losses_of_a_uniform_router(router, K):
 
 
 def test_balance_loss_of_a_collapsed_router_is_E_over_K():
-    m = layer(E=8, K=2)
+    m = layer(experts=8, top_k=2)
     with torch.no_grad():
         m.gate.weight.zero_()[:2, 0] = 50.0
     _, aux = m(torch.ones(16, 32))
     assert aux["balance_loss"].item() == pytest.approx(4, rel=1e-4) and aux["counts"].tolist() == [16, 16] + [0] * 6
 
 
-def test_capacity_drops_the_lowest_scores_and_does_not_renormalise():
-    expert_TK = torch.tensor([[0, 1]] * 8)
-    score_TK = torch.stack([torch.arange(8) / 10, 1 - torch.arange(8) / 10], dim=1)
-    keep = moe.within_capacity(score_TK, expert_TK, 4, 3)
-    assert keep.T.tolist() == [[False] * 5 + [True] * 3, [True] * 3 + [False] * 5]
-    assert moe.within_capacity(torch.ones(8, 2), expert_TK, 4, 3).T.tolist() == [[True] * 3 + [False] * 5] * 2
+def test_each_expert_keeps_the_first_tokens_that_chose_it():
+    expert_TK = torch.tensor([[0, 1], [2, 0], [0, 3], [1, 0], [1, 2], [2, 1]])
+    keep = moe.within_capacity(expert_TK, 4, 2 / 3)  # 2 places: 2/3 of an even share of 6 x 2 / 4
+    assert keep.tolist() == [[True, True], [True, True], [False, True], [True, False], [False, True], [False, False]]
+
+
+@pytest.mark.parametrize("T, E, K, C", [(40, 8, 2, 0.5), (17, 3, 1, 1.0), (64, 16, 4, 1.25)])
+def test_capacity_equals_a_queue_for_each_expert(T, E, K, C):
+    torch.manual_seed(0)
+    expert_TK = torch.randn(T, E).topk(K).indices
+    places, want = [math.ceil(C * T * K / E)] * E, []
+    for e in expert_TK.flatten().tolist():
+        places[e] -= 1
+        want.append(places[e] >= 0)
+    assert moe.within_capacity(expert_TK, E, C).flatten().tolist() == want and not all(want)
+
+
+@BOTH
+def test_an_expert_that_is_full_scores_0_and_the_others_are_not_renormalised(router):
+    m, x = layer(router=router, C=0.5), torch.randn(40, 32)
+    score_TK, expert_TK, _ = m.route(x)
+    keep_TK = moe.within_capacity(expert_TK, 4, 0.5)
+    assert (keep_TK.sum(1) == 1).any()  # tokens that lose one of their two experts
+    want = moe.reference(x, score_TK * keep_TK, expert_TK, m.experts.gate_up_proj, m.experts.down_proj)
+    torch.testing.assert_close(m(x)[0], want)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("router, top_k, G", [("topk-softmax", 2, 1), ("topk-softmax", 2, 2), ("softmax-topk", 1, 1)])
+def test_with_capacity_no_output_depends_on_a_later_token(router, top_k, G, seed):
+    """In training: whatever follows position t of a window, in it or in later windows, y is the same up to t."""
+    m, B, T = layer(experts=4, top_k=top_k, G=G, router=router, C=0.75, seed=seed), 3, 16
+    torch.nn.init.normal_(m.gate.weight)
+    x = torch.randn(B, T, 32)
+    y, aux = m(x)
+    assert aux["dropped"] > 0
+    for b, t in ((b, t) for b in range(B) for t in range(0, T, 5)):
+        other = x.clone()
+        other.view(-1, 32)[b * T + t + 1 :] = torch.randn(B * T - b * T - t - 1, 32)
+        torch.testing.assert_close(m(other)[0].view(-1, 32)[: b * T + t + 1], y.view(-1, 32)[: b * T + t + 1])
 
 
 @BOTH
 @pytest.mark.parametrize("C, capacity", [(1.0, 4), (0.75, 3)])
 def test_capacity_in_training_only(router, C, capacity):
-    m, x = layer(E=4, K=2, router=router, C=C), torch.randn(8, 32)
+    m, x = layer(experts=4, top_k=2, router=router, C=C), torch.randn(8, 32)
     torch.nn.init.zeros_(m.gate.weight)  # every token chooses experts 0 and 1
     y, aux = m(x)
-    free = layer(E=4, K=2, router=router)
+    free = layer(experts=4, top_k=2, router=router)
     torch.nn.init.zeros_(free.gate.weight)
     want = free(x)[0]
     torch.testing.assert_close(y[:capacity], want[:capacity])
@@ -201,7 +261,7 @@ def test_plenty_of_capacity_changes_nothing(router):
 
 @BOTH
 def test_autocast_computes_experts_in_bfloat16_and_the_router_in_float32(router):
-    m, x = layer(E=4, K=2, G=2, router=router), torch.randn(2, 50, 32)
+    m, x = layer(experts=4, top_k=2, G=2, router=router), torch.randn(2, 50, 32)
     y, aux = m(x)
     exact = torch.autograd.grad(y.square().sum(), m.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -223,14 +283,14 @@ def test_bfloat16_layer_is_close_to_the_float32_one(router):
 
 @BOTH
 def test_one_token_without_gradients_equals_the_batch(router):
-    m, x = layer(D=16, width=24, E=8, K=2, router=router).eval(), torch.randn(1, 6, 16)
+    m, x = layer(D=16, width=24, experts=8, top_k=2, router=router).eval(), torch.randn(1, 6, 16)
     with torch.no_grad():
         alone = torch.cat([m(x[:, t : t + 1])[0] for t in range(6)], dim=1)
         torch.testing.assert_close(alone, m(x)[0])
 
 
 def test_every_parameter_has_a_gradient_after_one_token():
-    m = layer(E=8, K=1, router="softmax-topk")
+    m = layer(experts=8, top_k=1, router="softmax-topk")
     m(torch.randn(1, 32))[0].sum().backward()
     assert all(p.grad is not None for p in m.parameters())
     assert m.experts.down_proj.grad.flatten(1).ne(0).any(1).sum() == 1 and m.gate.weight.grad.ne(0).any()
@@ -263,7 +323,7 @@ def test_activation_memory_is_linear_in_tokens_and_choices(fast):
 
 def test_layer_runs_compiled_on_a_cpu():
     """The router is compiled; the loop, whose sizes are data, runs as it is."""
-    m, x = layer(E=8, K=2, dtype=torch.bfloat16), torch.randn(64, 32).to(torch.bfloat16)
+    m, x = layer(experts=8, top_k=2, dtype=torch.bfloat16), torch.randn(64, 32).to(torch.bfloat16)
     y, aux = torch.compile(m, backend="aot_eager")(x)
     (y.float().square().sum() + aux["balance_loss"]).backward()
     assert error(y, m(x)[0]) < 1e-6 and m.experts.down_proj.grad.ne(0).any()

@@ -16,7 +16,7 @@ import torch
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tokenizer import CHAR, LLAMA3_SPLIT, Tokenizer, from_ranks, load_tokenizer
+from tokenizer import CHAR, LLAMA3_SPLIT, from_ranks, load_tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 BYTES = load_tokenizer("bytes")
@@ -79,11 +79,11 @@ def without_special(texts, tokenizer):
     return [text for text in texts if not any(special in text for special in tokenizer.forbidden.values())]
 
 
-def assert_same_ids(tokenizer, folder, transformers, exact=True):
+def assert_same_ids(tokenizer, folder, transformers, exact=True, every=1):
     """`transformers` opens the folder and agrees about every text without special tokens in it, and back. exact: the
     text comes back as it was."""
     public = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = without_special(real_texts(), tokenizer)
+    texts = without_special(real_texts()[::every], tokenizer)
     if tokenizer is BYTES:
         texts = [t for t in texts if len(t) < 9999]
     for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
@@ -170,36 +170,207 @@ def test_public_tokenizer_json_gives_the_same_ids_as_transformers(tmp_path, layo
     assert_same_ids(tokenizer, tmp_path, transformers, exact=layout != "qwen")
 
 
-REFUSED = {
-    "Unigram": {"model": {"type": "Unigram", "vocab": []}},
-    "byte_fallback": {"byte_fallback": True},
-    "add_prefix_space": {"pre_tokenizer": GPT2 | {"add_prefix_space": True}},
-    "Metaspace": {"pre_tokenizer": {"type": "Metaspace", "replacement": "_"}},
-    "Lowercase": {"normalizer": {"type": "Lowercase"}},
+def train(kind):
+    """A small tokenizer of a public kind, trained by the library."""
+    return tokenizers.Tokenizer.from_str(train_once(kind))
+
+
+@functools.cache
+def train_once(kind):
+    named = ["<unk>", "<s>", "</s>"]
+    blank = pre_tokenizers.Metaspace(prepend_scheme="always")
+    fallback = [tokenizers.AddedToken(f"<0x{b:02X}>", normalized=False) for b in range(256)]
+    if kind == "wordpiece":
+        small = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        small.normalizer, small.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        small.decoder = decoders.WordPiece()
+        small.train_from_iterator(SMALL, trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]", "[SEP]"]))
+        return small.to_str()
+    if kind == "unigram":
+        small = tokenizers.Tokenizer(models.Unigram())
+        small.normalizer, small.pre_tokenizer, small.decoder = normalizers.NFKC(), blank, decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=named, unk_token="<unk>", show_progress=False)
+        small.train_from_iterator(SMALL, trainer)
+        return small.to_str()
+    small = tokenizers.Tokenizer(models.BPE())
+    small.pre_tokenizer = blank
+    small.train_from_iterator(SMALL, trainers.BpeTrainer(vocab_size=700, special_tokens=named, show_progress=False))
+    public = json.loads(small.to_str())
+    vocab = [*named, *(token.content for token in fallback), *[*public["model"]["vocab"]][3:]]
+    merges = [tuple(merge) for merge in public["model"]["merges"]]
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    small = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges, **options))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if kind == "llama2":
+        small.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        small.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    elif kind == "mistral":
+        small.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        small.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    else:  # gemma
+        small.normalizer = normalizers.Replace(" ", "▁")
+        small.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        small.decoder = decoders.Sequence(steps)
+    small.add_special_tokens(named)
+    start = [("<s>", small.token_to_id("<s>"))]
+    small.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return small.to_str()
+
+
+def write_trained(folder, small, end="</s>"):
+    small.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+EXACT = {"llama2": True, "mistral": False, "gemma": True, "unigram": False, "wordpiece": False}
+WORDS = ["  ", "    ", "return self", "\n\nA", "def ", "é"]  # added, but not special: texts make them
+
+
+@pytest.mark.parametrize("words", [[], WORDS], ids=["plain", "with added tokens"])
+@pytest.mark.parametrize("kind", EXACT)
+def test_every_kind_gives_the_ids_of_transformers_and_its_saved_folder_too(tmp_path, kind, words, transformers):
+    small = train(kind)
+    small.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    small.enable_truncation(5)  # for batches of a training, not for us
+    small.enable_padding()
+    folder = write_trained(tmp_path, small, "[SEP]" if kind == "wordpiece" else "</s>")
+    tokenizer = load_tokenizer(str(folder))
+    exact = EXACT[kind] and not words
+    assert_same_ids(tokenizer, folder, transformers, exact, every=4)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert_same_ids(tokenizer, tmp_path / "saved", transformers, exact, every=4)
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert (again.key, again.vocab_size, again.eot) == (tokenizer.key, tokenizer.vocab_size, tokenizer.eot)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_added_tokens_that_are_not_special_are_found_in_byte_level_texts(tmp_path, layout, transformers):
+    write_public(tmp_path, *LAYOUTS[layout])
+    public = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    public.add_tokens(WORDS)
+    public.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert_same_ids(tokenizer, tmp_path, transformers, exact=False, every=4)
+    assert tokenizer.encode(["x    = 1"])[0].tolist().count(tokenizer.public.token_to_id("    ")) == 1
+
+
+ODD = {
+    "a blank in front": {"pre_tokenizer": GPT2 | {"add_prefix_space": True}},
+    "small letters": {"normalizer": {"type": "Lowercase"}},
     "another order": {"merges": [[CHAR[x] for b in m for x in b] for m in MERGES if len(m[0] + m[1]) == 2][::-1]},
-    "do not make": {"merges": []},
-    "an id of two tokens": {"vocab": {CHAR[b]: b % 9 for b in range(256)}, "merges": []},
+    "no merges": {"merges": []},
+    "another split": {"pre_tokenizer": json.loads(json.dumps(LLAMA3).replace(r"|\\s+(?!\\S)|\\s+", ""))},
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_tiktoken_could_not_represent_gives_the_same_ids_too(tmp_path, what, transformers):
+    write_public(tmp_path, GPT2, None, **ODD[what])
+    assert_same_ids(load_tokenizer(str(tmp_path)), tmp_path, transformers, exact=False, every=4)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_no_text_makes_a_special_token(tmp_path, kind):
+    small = train(kind)
+    tokenizer = load_tokenizer(str(write_trained(tmp_path, small)))
+    special = tokenizer.forbidden
+    assert {*special.values()} >= ({"[SEP]"} if kind == "wordpiece" else {"<s>", "</s>"})
+    text = "a</s> <s>b[SEP]"
+    ids = tokenizer.encode([text])[0].tolist()
+    assert not {*ids} & {*special}
+    if kind != "wordpiece":
+        assert tokenizer.decode(ids) == text
+        assert small.encode(text).ids.count(small.token_to_id("</s>"))  # what the library does if nobody tells it
+
+
+def test_the_class_of_llama_2_differs_before_a_blank_only(tmp_path, transformers):
+    folder = write_trained(tmp_path, train("llama2"))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    public, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    texts = without_special(real_texts()[::4], tokenizer)
+    for text, ids, theirs in zip(texts, tokenizer.encode(texts), public(texts, add_special_tokens=False)["input_ids"]):
+        assert text[:1] == " " or ids.tolist() == theirs
+    spelled = lambda ids: "".join(public.convert_ids_to_tokens(ids))
+    ours, theirs = tokenizer.encode([" x"])[0].tolist(), public.encode(" x", add_special_tokens=False)
+    assert (spelled(ours), spelled(theirs)) == ("▁▁x", "▁x")
+
+
+def test_sentencepiece_bytes_that_are_no_utf8_become_a_replacement_character(tmp_path):
+    tokenizer = load_tokenizer(str(write_trained(tmp_path, train("llama2"))))
+    ids = tokenizer.encode(["é 🦜"])[0].tolist()
+    assert tokenizer.decode(ids) == "é 🦜" and tokenizer.decode(ids[:-1]).endswith("\ufffd")
+    assert tokenizer.decode([*ids, 99999]) == "é 🦜\ufffd" and tokenizer.decode([]) == ""
+
+
+def test_an_id_that_no_text_makes_may_lie_beyond_the_vocabulary_of_the_model(tmp_path):
+    small = train("llama2")
+    small.add_special_tokens(["[PAD]"])
+    small.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.min_vocab_size == tokenizer.vocab_size - 1 == small.token_to_id("[PAD]")
+    small.add_tokens(["    "])  # a text makes this one
+    small.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).min_vocab_size == tokenizer.vocab_size + 1
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "[PAD]"}')  # so does the end of one
+    assert load_tokenizer(str(tmp_path)).eot == tokenizer.vocab_size - 1
+
+
+@pytest.mark.parametrize("kind", [*EXACT, *LAYOUTS])
+def test_pieces_of_a_long_text_encode_as_the_whole_for_every_kind(tmp_path, kind):
+    folder = write_public(tmp_path, *LAYOUTS[kind]) if kind in LAYOUTS else write_trained(tmp_path, train(kind))
+    tokenizer = load_tokenizer(str(folder))
+    text = "\n".join(SMALL).replace("\n    ", "\n").replace("A", "\n\nA")
+    pieces = [piece.decode() for piece, _ in tokenizer.pieces(text.encode(), size=100)]
+    assert "".join(pieces) == text and (len(pieces) > 50) == (kind in LAYOUTS)
+    assert np.concatenate(tokenizer.encode(pieces)).tolist() == tokenizer.encode([text])[0].tolist()
+    if kind in LAYOUTS:  # an added token that reaches over a cut
+        tokenizer.public.add_tokens(["\nA"])
+        del tokenizer.divisible
+        assert len([*tokenizer.pieces(text.encode(), size=100)]) == 1
+
+
+REFUSED = {
+    "dropout": {"dropout": 0.1},
     "an id above": {"vocab": {CHAR[b]: b << 20 for b in range(256)}, "merges": []},
-    "pre-tokenizer": {"pre_tokenizer": json.loads(json.dumps(LLAMA3).replace(r"|\\s+(?!\\S)|\\s+", ""))},
-    "no byte-level": {"vocab": {"中": 0}},
+    "out of vocabulary": {"vocab": {"中": 0}},
+    "PreTokenizer": {"pre_tokenizer": {"type": "Unknown"}},
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_tokenizer_json_that_tiktoken_cannot_represent_is_refused_by_name(tmp_path, what):
+def test_a_tokenizer_json_that_cannot_be_used_is_refused_in_one_line(tmp_path, what):
     write_public(tmp_path, GPT2, None, **REFUSED[what])
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(ValueError, match=rf"no tokenizer.json: .*{what}.*\(one that") as error:
         load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_without_ids_is_refused(tmp_path):
+    model = models.WordPiece({"a": 0}, unk_token="[UNK]")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="cannot encode"):
+        load_tokenizer(str(tmp_path)).encode(["b"])
+
+
+def test_a_folder_goes_before_an_encoding_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    write_public(tmp_path / "gpt2", GPT2, None)
+    assert load_tokenizer("gpt2").key == load_tokenizer(str(tmp_path / "gpt2")).key
 
 
 def test_sentencepiece_and_unknown_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(ValueError, match="SentencePiece.*train.bin"):
+    with pytest.raises(ValueError, match="SentencePiece.*tokenizer.json"):
         load_tokenizer(str(tmp_path / "tokenizer.model"))
     with pytest.raises(FileNotFoundError, match="did you mean gpt2"):
         load_tokenizer("gtp2")
     (tmp_path / "tokenizer.json").write_text('{"class_name": "Tokenizer"}')
-    with pytest.raises(ValueError, match="no byte-level"):
+    with pytest.raises(ValueError, match="no tokenizer.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
@@ -237,6 +408,15 @@ def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp
     ids.save(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 300}')
     assert load_tokenizer(str(tmp_path)) == ids
+
+
+def test_a_tokenizer_works_under_any_name(tmp_path):
+    for name in ("bytes", "ids:300"):
+        tokenizer = load_tokenizer(name)
+        tokenizer.name = "out/run-1"  # the trainer calls it as its parent did
+        assert tokenizer.decode(tokenizer.encode(["17 4"])[0]) == "17 4"
+        tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)) == BYTES
 
 
 def test_text_is_text_and_round_trips(monkeypatch):

@@ -22,11 +22,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import grow
 import model
+import settings
 import train
 import upcycle
+from tokenizer import load_tokenizer
 
 ROOT = Path(train.__file__).parent
 TINY = "--hidden-size 32 --num-hidden-layers 2 --context 32 --batch-tokens 256 --dtype float32 --log-every 5".split()
@@ -92,6 +95,15 @@ def assert_same_run(a, b):
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+def whole_or_asks_to_resume(folder):
+    """The weights are whole at every instant; a folder whose parts are of two steps says how to mend it."""
+    load_file(Path(folder) / "model.safetensors")
+    try:
+        return checkpoint.load(folder)
+    except ValueError as error:
+        return f"was killed while saving (first: python train.py --resume --out {folder})" in str(error)
+
+
 # ---- interruption ---------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +123,7 @@ def test_killed_at_any_instant_and_resumed_equals_the_uninterrupted_run(here, te
         time.sleep(dice.random() * 0.2)
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-        model.load("killed")  # loadable at every instant
+        assert whole_or_asks_to_resume("killed")
         process = subprocess.Popen(command(texts, "--resume", "--out", "killed"), env=ENV, stdout=subprocess.DEVNULL)
     assert process.wait() == 0 and kills == times
     assert_same_run("calm", "killed")
@@ -129,7 +141,7 @@ def test_ctrl_c_saves_leaves_with_130_and_resumes_exactly(here, texts):
             break
     rest = process.stdout.read()
     assert process.wait() == 130 and "--resume --out stopped" in rest
-    assert 10 <= train.read_trainer("stopped")["step"] < 200
+    assert 10 <= checkpoint.read_trainer("stopped")["step"] < 200
     run(texts, "--resume", "--out", "stopped")
     assert_same_run("calm", "stopped")
 
@@ -151,7 +163,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(here, texts):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     shutil.copytree("warm", "full")
-    state = train.read_trainer("full")
+    state = checkpoint.read_trainer("full")
     state["finished"], state["settings"]["tokens"] = False, 5120
     torch.save({**state, "weights": {k: v.clone() for k, v in state["weights"].items()}}, "full/trainer.new")
     os.replace("full/trainer.new", "full/trainer.pt")
@@ -159,7 +171,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(here, texts):
     done = subprocess.run(command(texts, "--resume", "--out", "full"), preexec_fn=small_disk, **CAPTURE)
     assert done.returncode == 1 and "could not be saved" in done.stderr and "Traceback" not in done.stderr
     assert Path("full/trainer.pt").read_bytes() == old
-    model.load("full")
+    assert whole_or_asks_to_resume("full")
     run(texts, "--resume", "--out", "full")
     assert table("full/eval.csv")[-1]["step"] == "20"
 
@@ -182,11 +194,11 @@ def test_a_mask_opens_from_the_small_models_loss_and_resumes_inside(here, texts,
     assert f"{half:.4f}" in capsys.readouterr().out  # the snapshot holds what the model computed with
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, child), "--out", "killed",
                                 "--save-every", "1"], env=ENV, stdout=subprocess.DEVNULL)  # fmt: skip
-    while not Path("killed/trainer.pt").exists() or train.read_trainer("killed")["step"] < 5:
+    while not Path("killed/trainer.pt").exists() or checkpoint.read_trainer("killed")["step"] < 5:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert 5 <= train.read_trainer("killed")["step"] < 50
+    assert 5 <= checkpoint.read_trainer("killed")["step"] < 50
     run(texts, "--resume", "--out", "killed")
     assert_same_run("calm", "killed")
     if axis == "width":
@@ -213,7 +225,7 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     assert len(one) == 50 and np.abs(two - one).max() < 1e-4 and np.abs(shards - two).max() < 1e-4
     a, b = (float(table(f"{out}/eval.csv")[-1]["a_loss"]) for out in ("one", "shards"))
     assert abs(a - b) < 1e-4
-    model.load("shards")
+    checkpoint.load("shards")
     run(texts, "--resume", "--out", "shards")  # the checkpoint knows nothing of shards
 
 
@@ -225,11 +237,16 @@ import train, upcycle
 def whole():  # expert tensors that are made, and of which this rank holds more than its shard
     return sum(type(t) is torch.nn.Parameter and t.dim() == 3 and not t.is_meta for t in gc.get_objects())
 
-def pieces(name, read, r):
-    most[0] = max(most[0], whole())
-    return original(name, read, r)
+def operator(*args, **options):
+    made = original(*args, **options)
 
-most, original, upcycle.pieces = [0], upcycle.pieces, pieces
+    def formula(name):
+        most[0] = max(most[0], whole())
+        return made.formula(name)
+
+    return made._replace(formula=formula)
+
+most, original, upcycle.operator = [0], upcycle.operator, operator
 assert train.main(sys.argv[1:]) == 0
 print("most:", most[0], flush=True)
 """
@@ -264,9 +281,9 @@ def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(here, texts):
 
 def windows_of(folder, texts):
     """The windows that the last training in a folder's lineage read."""
-    lineage = model.read_json(Path(folder) / "run.json")["lineage"]
-    corpora = data.prepare(lineage[-1]["settings"]["data"], data.load_tokenizer("bytes"))
-    seed, sequence, read, notes = data.position(lineage[:-1], corpora, 32, data.load_tokenizer("bytes").key)
+    lineage = checkpoint.read_json(Path(folder) / "run.json")["lineage"]
+    corpora = data.prepare(lineage[-1]["settings"]["data"], load_tokenizer("bytes"))
+    seed, sequence, read, notes = data.position(lineage[:-1], corpora, 32, load_tokenizer("bytes").key)
     reader = data.Reader(corpora, 32, lineage[0]["seed"] if seed is None else seed, sequence, read)
     return [item for _ in range(lineage[-1]["tokens"] // 256) for item in reader.take(8)]
 
@@ -277,8 +294,8 @@ def test_a_child_reads_on_where_its_parent_stopped(here, texts):
     run(texts, "--init", "half", "--tokens", 256 * 10, "--seed", 7, "--batch-tokens", 256, "--out", "child")
     half, child = windows_of("half", texts), windows_of("child", texts)
     assert half + child == windows_of("whole", texts) and not set(half) & set(child)
-    assert train.read_trainer("child")["read"] == train.read_trainer("whole")["read"] == {"a": 160}
-    lineage = model.read_json("child/run.json")["lineage"]
+    assert checkpoint.read_trainer("child")["read"] == checkpoint.read_trainer("whole")["read"] == {"a": 160}
+    lineage = checkpoint.read_json("child/run.json")["lineage"]
     assert [step["tokens"] for step in lineage] == [2560, 2560]
 
 
@@ -286,12 +303,12 @@ def test_replay_and_an_evaluated_corpus_are_counted_apart(here, texts):
     run(texts, "--tokens", 2560, "--out", "parent")
     spec = f"{texts}/b.txt:0.75,{texts}/a.txt:0.25"
     run(texts, "--init", "parent", "--tokens", 256 * 8, "--data", spec, "--batch-tokens", 256, "--out", "replay")
-    step = model.read_json("replay/run.json")["lineage"][-1]
+    step = checkpoint.read_json("replay/run.json")["lineage"][-1]
     assert sum(d["tokens"] for d in step["data"].values()) == 2048
     assert abs(step["data"]["b"]["tokens"] - 1536) <= 64
     spec = f"{texts}/b.txt:1,{texts}/a.txt:0"
     run(texts, "--init", "parent", "--tokens", 2560, "--data", spec, "--batch-tokens", 256, "--out", "none")
-    assert model.read_json("none/run.json")["lineage"][-1]["data"]["a"]["tokens"] == 0
+    assert checkpoint.read_json("none/run.json")["lineage"][-1]["data"]["a"]["tokens"] == 0
     rows = table("none/eval.csv")
     assert float(rows[-1]["b_loss"]) < float(rows[0]["b_loss"]) and "a_loss" in rows[0]
 
@@ -302,23 +319,23 @@ def test_a_branch_of_a_snapshot_ends_as_the_trunk_that_decays_there(here, texts)
     one, two = load_file("trunk/model.safetensors"), load_file("branch/model.safetensors")
     assert all(torch.equal(one[n], two[n]) for n in one)
     assert table("branch/eval.csv")[-1]["a_loss"] == table("trunk/eval.csv")[-1]["a_loss"]
-    assert [s["tokens"] for s in model.read_json("branch/run.json")["lineage"]] == [7680, 2560]
+    assert [s["tokens"] for s in checkpoint.read_json("branch/run.json")["lineage"]] == [7680, 2560]
     assert table("trunk/step-30/log.csv")[-1]["step"] == "30"
 
 
 def test_a_public_folder_starts_a_lineage(here, texts):
     config = model.Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8)
-    model.save(model.init_weights(model.Transformer(config), 1), Path("public"), data.load_tokenizer("bytes"))
+    checkpoint.save(model.init_weights(model.Transformer(config), 1), Path("public"), load_tokenizer("bytes"))
     flags = ["--init", "public", "--tokens", 2560, "--context", 32, "--batch-tokens", 256, "--data", texts / "a.txt"]
     run(texts, *flags, "--source-tokens", "2e12", "--out", "child")
-    first, second = model.read_json("child/run.json")["lineage"]
+    first, second = checkpoint.read_json("child/run.json")["lineage"]
     assert first == {"step": "source", "name": "public", "tokens": 2_000_000_000_000} and second["tokens"] == 2560
 
 
 def test_an_init_of_a_folder_killed_while_saving_asks_to_resume_it(here, texts, capsys):
     run(texts, "--tokens", 2560, "--out", "torn")
-    run_json = model.read_json("torn/run.json")
-    model.write_json(Path("torn/run.json"), run_json | {"step": 3})
+    run_json = checkpoint.read_json("torn/run.json")
+    checkpoint.write_json(Path("torn/run.json"), run_json | {"step": 3})
     assert "--resume --out torn" in error_of(["--init", "torn"], capsys)
 
 
@@ -328,8 +345,8 @@ def test_an_upcycled_and_a_stacked_child_start_where_their_parent_ended(here, te
     run(texts, *child, "--upcycle", "4x2", "--granularity", 2, "--out", "up")
     assert table("up/eval.csv")[0]["a_loss"] == table("parent/eval.csv")[-1]["a_loss"]
     run(texts, *child, "--stack", 3, "--out", "deep")
-    assert model.read_config("deep").num_hidden_layers == 6
-    up, deep = (model.read_json(f"{name}/run.json")["lineage"] for name in ("up", "deep"))
+    assert checkpoint.read_config("deep").num_hidden_layers == 6
+    up, deep = (checkpoint.read_json(f"{name}/run.json")["lineage"] for name in ("up", "deep"))
     assert [s["step"] for s in up] == ["train", "upcycle", "train"]
     assert up[1]["experts"] == 4 and up[1]["granularity"] == 2
     assert [s["step"] for s in deep] == ["train", "grow", "train"] and deep[1]["layers"] == [0, 1, 0, 1, 0, 1]
@@ -350,7 +367,7 @@ def test_every_horizon_means_the_same_number_of_steps(here, texts):
 
 
 def test_schedules_have_their_shapes():
-    args = train.get_parser().parse_args(["--lr", "1", "--min-lr", "0.1", "--warmup", "10", "--schedule", "wsd"])
+    args = settings.get_parser().parse_args(["--lr", "1", "--min-lr", "0.1", "--warmup", "10", "--schedule", "wsd"])
     rates = [train.rate(s, 100, args) for s in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == rates[74] == 1 and rates[99] == pytest.approx(0.1 + 0.9 / 25)
     args.schedule = "cosine"
@@ -393,7 +410,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(here, texts, capsys):
 
 def test_eval_tokens_is_what_an_evaluation_reads(here, texts):
     run(texts, "--tokens", 2560, "--eval-tokens", 320, "--out", "few")
-    corpus, module = data.prepare(str(texts / "a.txt"), data.load_tokenizer("few"))[0], model.load("few")
+    corpus, module = data.prepare(str(texts / "a.txt"), load_tokenizer("few"))[0], checkpoint.load("few")
     few, all = (module(*data.validation_windows(corpus, 32, most))[1].item() for most in (320, 10**6))
     assert float(table("few/eval.csv")[-1]["a_loss"]) == pytest.approx(few, abs=2e-6) != pytest.approx(all, abs=1e-3)
 
@@ -405,7 +422,7 @@ def test_eval_tokens_is_what_an_evaluation_reads(here, texts):
 def test_eval_csv_equals_the_loss_of_transformers_on_the_same_windows(here, texts, extra, transformers):
     run(texts, *extra, "--tokens", 5120, "--out", "done")
     theirs = transformers.AutoModelForCausalLM.from_pretrained("done").eval()
-    corpus = data.prepare(str(texts / "a.txt"), data.load_tokenizer("done"))[0]
+    corpus = data.prepare(str(texts / "a.txt"), load_tokenizer("done"))[0]
     ids, targets = data.validation_windows(corpus, 32)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
@@ -529,7 +546,7 @@ BAD = {
     "two parents": ("--init done --branch done", "one parent"),
     "upcycling of nothing": ("--upcycle 8x2", "--init"),
     "upcycling that is no recipe": ("--init done --upcycle eight", "eight"),
-    "upcycling of a mixture": ("--init moe --upcycle 8x2", "dense"),
+    "a mixture to no multiple of its experts": ("--init moe --upcycle 6x2", "multiple"),
     "more experts a token than there are": ("--init done --upcycle 2x4", "4"),
     "stacking of nothing": ("--stack 2", "--init"),
     "mask of nothing": ("--mask-steps 5", "--init"),
@@ -570,9 +587,9 @@ def test_bad_input_is_one_line_and_changes_nothing(case, shelf, monkeypatch, cap
 
 def test_numbers_are_read_as_people_write_them():
     flags = "--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6,2_000_000"
-    args = train.get_parser().parse_args(flags.split())
+    args = settings.get_parser().parse_args(flags.split())
     assert (args.tokens, args.batch_tokens, args.seed, args.save_at) == (10**6, 2 * 10**6, 0, [10**6, 2 * 10**6])
 
 
 def test_every_flag_has_a_help_line():
-    assert all(action.help for action in train.get_parser()._actions)
+    assert all(action.help for action in settings.get_parser()._actions)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import model
 import upcycle
 from model import Config, Transformer
@@ -161,6 +162,19 @@ def test_redrawn_neurons_are_not_the_initial_weights_of_a_run_with_the_same_seed
         assert abs(torch.corrcoef(torch.stack((old, new)))[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_a_copy_is_made_once_and_not_once_a_part(where, tmp_path, monkeypatch):
+    made, original = [], upcycle.copy
+    monkeypatch.setattr(upcycle, "copy", lambda *args, **more: made.append(args[1:]) or original(*args, **more))
+    recipe = dict(granularity=8, method="noise")
+    if where == "memory":
+        upcycle.upcycle(make(torch.bfloat16), 3, 2, **recipe)
+    else:
+        checkpoint.save(make(torch.bfloat16), tmp_path / "a")
+        upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 3, 2, **recipe)
+    assert sorted(made) == sorted((m, layer, e) for m in MATRICES for layer in range(2) for e in range(3))
+
+
 def test_the_dense_module_stays_as_it_was_and_shares_nothing():
     dense, before = make(), make()
     mixture = upcycle.upcycle(dense.train(), 4, 2)
@@ -186,6 +200,175 @@ def test_a_block_is_handed_over_before_the_next_is_made():
         upcycle.upcycle(make(), 4, 2, each=stop)
 
 
+# ---- a mixture as the source ----------------------------------------------------------------------------------------
+
+SOFTMAX_OVER_ALL = dict(router="softmax-topk", qk_norm=True)
+
+
+def trained(dtype=torch.float32, **shape):
+    """A mixture of 4 experts that differ, 2 a token, with logits far from each other."""
+    module = make(dtype, **dict(experts=4, top_k=2) | shape)
+    with torch.no_grad():
+        for layer in module.model.layers:
+            layer.mlp.gate.weight.normal_(generator=torch.Generator().manual_seed(5))
+    return module
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("shape", [{}, dict(granularity=3), dict(qk_norm=True), SOFTMAX_OVER_ALL], ids=str)
+def test_copies_of_a_mixture_with_as_many_times_the_top_k_are_the_same_function(shape, m, dtype, tolerance):
+    mixture = trained(dtype, **shape)
+    more = upcycle.upcycle(mixture, 4 * m, 2 * m)
+    difference = logits(more).sub(logits(mixture)).abs().max() / logits(mixture).abs().max()
+    assert difference < tolerance and more.lm_head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [{}, SOFTMAX_OVER_ALL], ids=str)
+def test_with_the_same_top_k_a_token_gets_copies_of_its_best_expert_and_loses_the_second(shape):
+    mixture, x = trained(**shape), torch.randn(1000, 48)
+    more = upcycle.upcycle(mixture, 8, 2)
+    for old, new in zip(mixture.model.layers, more.model.layers):
+        best = old.mlp.route(x)[1][:, :1]
+        assert torch.equal(new.mlp.route(x)[1].sort().values, torch.cat((2 * best, 2 * best + 1), 1))
+    assert (logits(more) - logits(mixture)).abs().max() > 1e-2 * logits(mixture).abs().max()
+
+
+def test_with_one_expert_a_token_nothing_is_lost_when_the_top_k_stays():
+    mixture = trained(top_k=1, **SOFTMAX_OVER_ALL)
+    more = upcycle.upcycle(mixture, 8, 1)
+    assert (logits(more) - logits(mixture)).abs().max() < 1e-5 * logits(mixture).abs().max()
+
+
+@pytest.mark.parametrize("more", [dict(experts=8, top_k=4), dict(experts=12, top_k=6)], ids=str)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "qwen3_moe, softmax over all"])
+def test_a_public_mixture_of_more_experts_equals_the_original_in_transformers(kind, more, tmp_path, transformers):
+    qwen = dict(num_experts=4, moe_intermediate_size=96, norm_topk_prob="all" not in kind, mlp_only_layers=[])
+    shape = SMALL | (dict(num_local_experts=4, sliding_window=None) if kind == "mixtral" else qwen)
+    config = transformers.AutoConfig.for_model(
+        kind.split(",")[0], **shape, num_experts_per_tok=2, tie_word_embeddings=False
+    )
+    torch.manual_seed(1)
+    public = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in public.named_parameters():
+            p.mul_(1 if "norm" in name else 8)
+    public.save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", **more, shard_size=100_000)
+    grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).eval()
+    assert type(grown) is type(public) and grown.config.num_experts_per_tok == more["top_k"]
+    with torch.no_grad():
+        expected, got = public(IDS).logits, grown(IDS).logits
+    assert expected.std() > 0.1 and (got - expected).abs().max() < 1e-4
+    assert (logits(checkpoint.load(tmp_path / "b")) - expected).abs().max() < 1e-4
+
+
+MIXTURES = {
+    "copy": {},
+    "same top-k": dict(top_k=2),
+    "softmax over all": dict(top_k=2, shape=SOFTMAX_OVER_ALL),
+    "router": dict(router_std=0.5),
+    "drop, granularity": dict(method="drop", shape=dict(granularity=3)),
+    "noise": dict(method="noise", noise_std=0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_folder_of_a_mixture_equals_memory_bit_for_bit(name, dtype, tmp_path):
+    recipe = dict(top_k=4) | MIXTURES[name]
+    checkpoint.save(trained(dtype, **recipe.pop("shape", {})), tmp_path / "a")
+    upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 8, **recipe)
+    folder, memory = checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 8, **recipe)
+    assert same(folder, memory) and folder.config == memory.config
+    stored = {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()}
+    assert stored == {torch.float32 if name == "noise" else dtype}
+
+
+@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("options", [dict(method="drop"), dict(method="noise"), dict(router_std=0.1)], ids=str)
+def test_the_first_copy_stays_as_it_is_and_the_others_change(options, G):
+    mixture = trained(granularity=G)
+    more = upcycle.upcycle(mixture, 12, 6, **options)
+    rows = more.model.layers[0].mlp.gate.weight.view(4, 3, G, 48)
+    parts = {"gate": rows} if "router_std" in options else experts(more)
+    for matrix, t in parts.items():
+        old = mixture.model.layers[0].mlp.gate.weight if matrix == "gate" else experts(mixture)[matrix]
+        t, old = t.reshape(4, 3, G, -1), old.reshape(4, G, -1)
+        assert torch.equal(t[:, 0], old)
+        assert not any((a == b).all(-1).any() for a, b in ((t[:, 1], old), (t[:, 2], old), (t[:, 1], t[:, 2])))
+
+
+def test_a_second_upcycling_with_the_same_seed_draws_other_numbers():
+    one = upcycle.upcycle(make(), 4, 2, router_std=1.0)
+    two = upcycle.upcycle(one, 8, 4, router_std=1.0)
+    first, second = one.model.layers[0].mlp.gate.weight, two.model.layers[0].mlp.gate.weight
+    added = second[1::2] - first
+    assert abs(torch.corrcoef(torch.cat((added, first)))[:4, 4:]).max() < 0.6
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_equal_copies_stay_equal_in_training_until_something_tells_them_apart(top_k):
+    def apart(**options):
+        """How far the copies are from each other after ten steps, next to how far they went."""
+        before = upcycle.upcycle(trained(), 8, top_k, **options)
+        after = upcycle.upcycle(trained(), 8, top_k, **options).train()
+        optimizer = torch.optim.AdamW(after.parameters(), 1e-3)
+        for _ in range(10):
+            _, loss, aux = after(IDS, IDS)
+            (loss + 0.01 * aux["balance_loss"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved = experts(after)["up_proj"] - experts(before)["up_proj"]
+        return ((moved[::2] - moved[1::2]).norm() / moved.norm()).item()
+
+    assert apart() < 1e-6 < 0.05 < min(apart(router_std=0.1), apart(method="drop"), apart(method="noise"))
+
+
+def test_the_source_may_be_a_public_models_name(tmp_path, monkeypatch):
+    cached = tmp_path / "models--org--name"
+    checkpoint.save(make(), cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    upcycle.upcycle_folder("org/name", tmp_path / "b", 4, 2)
+    assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(make(), 4, 2))
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["lineage"][0]["name"] == "org/name"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--experts 6", r"experts is 6, and the mixture has 4 \(8, 12 or another multiple\)"),
+    ("--experts 2", "experts is 2"),
+    ("--top-k 3", r"top_k is 3 \(2 as before, or 4 for the same function"),
+    ("--granularity 2", "granularity is 2, and that of the mixture 1"),
+    ("--router softmax-topk", "router is 'softmax-topk', and that of the mixture 'topk-softmax'"),
+])  # fmt: skip
+def test_what_makes_no_sense_for_a_mixture_is_refused_by_name(flags, words, tmp_path, capsys):
+    checkpoint.save(trained(), tmp_path / "a")
+    with pytest.raises(SystemExit) as left:
+        upcycle.main([str(tmp_path / "a"), str(tmp_path / "b"), *f"--experts 8 --top-k 2 {flags}".split()])
+    assert left.value.code == 2 and re.search(words, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["mlp.shared_expert.up_proj.weight", "mlp.gate.bias", "mlp.experts.0.up_proj.bias",
+                                  "self_attn.q_proj.bias", "mlp.up_proj.weight", "mlp.w1.weight"])  # fmt: skip
+def test_a_tensor_without_a_rule_is_an_error(name):
+    formula = upcycle.operator(Config(**SMALL), 4, 2).formula
+    with pytest.raises(ValueError, match=f"no rule for the tensor model.layers.0.{name}"):
+        formula(f"model.layers.0.{name}")
+
+
+def test_biases_of_queries_keys_and_values_are_refused_by_name(tmp_path, capsys):
+    words = "no public format holds biases of q, k and v beside a mixture"
+    with pytest.raises(ValueError, match=words):
+        upcycle.upcycle(make(qkv_bias=True), 4, 2)
+    checkpoint.save(make(qkv_bias=True), tmp_path / "a")
+    with pytest.raises(SystemExit):
+        upcycle.main([str(tmp_path / "a"), str(tmp_path / "b"), *"--experts 4 --top-k 2".split()])
+    assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "b").exists()
+
+
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 RECIPES = {
@@ -204,10 +387,11 @@ RECIPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", RECIPES)
 def test_folder_equals_memory_bit_for_bit(name, dtype, tmp_path):
-    model.save(make(dtype, qk_norm=name == "softmax over all", tie_word_embeddings=name[:4] == "tied"), tmp_path / "a")
+    dense = make(dtype, qk_norm=name == "softmax over all", tie_word_embeddings=name[:4] == "tied")
+    checkpoint.save(dense, tmp_path / "a")
     upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 3, 2, **RECIPES[name])
-    folder = model.load(tmp_path / "b")
-    memory = upcycle.upcycle(model.load(tmp_path / "a"), 3, 2, **RECIPES[name])
+    folder = checkpoint.load(tmp_path / "b")
+    memory = upcycle.upcycle(checkpoint.load(tmp_path / "a"), 3, 2, **RECIPES[name])
     assert same(folder, memory)
     assert folder.config == dataclasses.replace(memory.config, capacity_factor=None)
     stored = {t.dtype for t in load_file(tmp_path / "b" / "model.safetensors").values()}
@@ -235,12 +419,12 @@ def test_folder_in_transformers_equals_the_dense_original_in_transformers(kind, 
     with torch.no_grad():
         expected, got = dense(IDS).logits, mixture(IDS).logits
     assert expected.std() > 0.1 and (got - expected).abs().max() < 1e-4
-    assert (logits(model.load(tmp_path / "b")) - expected).abs().max() < 1e-4
+    assert (logits(checkpoint.load(tmp_path / "b")) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shard_size", [1, 40_000, 200_000])
 def test_shards_hold_what_one_file_holds(shard_size, tmp_path):
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     upcycle.upcycle_folder(tmp_path / "a", tmp_path / "one", 3, 2, method="drop", granularity=2)
     upcycle.upcycle_folder(
         tmp_path / "a", tmp_path / "many", 3, 2, method="drop", granularity=2, shard_size=shard_size
@@ -257,23 +441,23 @@ def test_shards_hold_what_one_file_holds(shard_size, tmp_path):
     assert one.keys() == many.keys() == index["weight_map"].keys()
     assert all(torch.equal(one[n], many[n]) for n in one)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
-    assert same(model.load(tmp_path / "one"), model.load(tmp_path / "many"))
+    assert same(checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "many"))
 
 
 def test_spare_tensors_and_mixed_dtypes_of_public_folders_are_read(tmp_path):
     dense = make(tie_word_embeddings=True)
-    model.save(dense, tmp_path / "a")
+    checkpoint.save(dense, tmp_path / "a")
     state = load_file(tmp_path / "a" / "model.safetensors")
     state = {n: t if "norm" in n else t.bfloat16() for n, t in state.items()}
     state |= {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(state, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 3, 2)
-    assert same(model.load(tmp_path / "b"), upcycle.upcycle(model.load(tmp_path / "a"), 3, 2))
+    assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 3, 2))
 
 
 def test_tokenizer_and_generation_files_are_copied_along_and_code_is_not(tmp_path):
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     names = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "merges.txt",
              "vocab.json", "chat_template.jinja", "generation_config.json", "LICENSE"]  # fmt: skip
     for name in [*names, "modeling_x.py", "trainer.pt", "log.csv", "README.md"]:
@@ -285,25 +469,25 @@ def test_tokenizer_and_generation_files_are_copied_along_and_code_is_not(tmp_pat
 
 
 def test_lineage_of_a_public_folder_names_the_source(tmp_path):
-    model.save(make(), tmp_path / "Some-1B")
+    checkpoint.save(make(), tmp_path / "Some-1B")
     upcycle.upcycle_folder(tmp_path / "Some-1B", tmp_path / "b", 8, 2, source_tokens=2e12)
     run = json.loads((tmp_path / "b" / "run.json").read_text())
     step = {"step": "upcycle", "experts": 8, "top_k": 2, "granularity": 1, "method": "copy", "seed": 1}
     assert run["lineage"][0] == {"step": "source", "name": "Some-1B", "tokens": 2_000_000_000_000}
     assert run["lineage"][1].items() >= step.items() and len(run["lineage"]) == 2
-    assert run["N_total"] == model.load(tmp_path / "b").num_parameters()["N_total"]
+    assert run["N_total"] == checkpoint.load(tmp_path / "b").num_parameters()["N_total"]
     upcycle.upcycle_folder(tmp_path / "Some-1B", tmp_path / "c", 8, 2)
     assert json.loads((tmp_path / "c" / "run.json").read_text())["lineage"][0]["tokens"] is None
 
 
 def test_lineage_of_our_own_folder_goes_on(tmp_path):
-    model.save(make(), tmp_path / "a", step=12)
+    checkpoint.save(make(), tmp_path / "a", step=12)
     trained = {"step": "train", "tokens": 1000, "flops": 1e9, "seed": 1, "data": {}, "settings": {}}
-    model.write_json(tmp_path / "a" / "run.json", {"tokenizer": "bytes", "step": 12, "lineage": [trained]})
+    checkpoint.write_json(tmp_path / "a" / "run.json", {"tokenizer": "bytes", "step": 12, "lineage": [trained]})
     upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 4, 2, method="drop", drop_ratio=0.25, seed=3)
     run = json.loads((tmp_path / "b" / "run.json").read_text())
     assert run["tokenizer"] == "bytes" and run["lineage"][0] == trained
-    assert run["lineage"][1] == upcycle.lineage_step(4, 2, method="drop", drop_ratio=0.25, seed=3)
+    assert run["lineage"][1] == upcycle.operator(Config(**SMALL), 4, 2, method="drop", drop_ratio=0.25, seed=3).entry
     assert run["lineage"][1]["drop_ratio"] == 0.25 and "noise_std" not in run["lineage"][1]
 
 
@@ -335,7 +519,7 @@ def point(folder, shard):
 
 
 def mixture(folder):
-    model.save(upcycle.upcycle(make(), 4, 2), folder)
+    checkpoint.save(upcycle.upcycle(make(), 4, 2), folder)
 
 
 def cut(folder):
@@ -344,17 +528,17 @@ def cut(folder):
 
 
 def killed(folder):
-    model.save(make(), folder, step=20)
-    model.write_json(folder / "run.json", {"step": 10, "lineage": [{"step": "train"}]})
+    checkpoint.save(make(), folder, step=20)
+    checkpoint.write_json(folder / "run.json", {"step": 10, "lineage": [{"step": "train"}]})
 
 
 def own(folder):
-    model.write_json(folder / "run.json", {"lineage": [{"step": "train"}]})
+    checkpoint.write_json(folder / "run.json", {"lineage": [{"step": "train"}]})
 
 
 nothing = lambda folder: None
 BAD = {  # name: (what happens to the source, flags, words of the message)
-    "a mixture": (mixture, "", "a mixture of 4 experts cannot be upcycled"),
+    "as many experts as the mixture": (mixture, "", r"experts is 4, and the mixture has 4 \(8, 12 or"),
     "no folder": (shutil.rmtree, "", "is not a folder"),
     "another kind": (lambda f: edit(f, model_type="gpt2"), "", "'gpt2' is not supported"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "", "holds no weights"),
@@ -366,7 +550,7 @@ BAD = {  # name: (what happens to the source, flags, words of the message)
     "tensor of another shape": (lambda f: edit(f, vocab_size=98), "", r"weight is F32 of shape \(97, 48\)"),
     "whole numbers": (lambda f: tensors(f, lambda s: [s.update({n: s[n].char()}) for n in s]), "", "is I8 of shape"),
     "killed while saving": (killed, "", "train.py --resume --out"),
-    "a torn run.json": (lambda f: model.write_json(f / "run.json", {"lineage": []}), "", "has no lineage"),
+    "a torn run.json": (lambda f: checkpoint.write_json(f / "run.json", {"lineage": []}), "", "has no lineage"),
     "tokens of our own": (own, "--source-tokens 1e9", "leave it out for our own"),
     "negative tokens": (nothing, "--source-tokens -1", "source_tokens is -1.0"),
     "no experts": (nothing, "--experts 0", "experts is 0"),
@@ -391,7 +575,7 @@ BAD = {  # name: (what happens to the source, flags, words of the message)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
     change, flags, words = BAD[case]
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     change(tmp_path / "a")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     argv = [str(tmp_path / "a"), str(tmp_path / "new" / "b"), "--experts", "4", "--top-k", "2", *flags.split()]
@@ -406,7 +590,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
 
 @pytest.mark.parametrize("there", ["folder", "file", "dangling link", "the source"])
 def test_a_destination_that_exists_is_refused(there, tmp_path):
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     dst = tmp_path / ("a" if there == "the source" else "b")
     if there == "folder":
         dst.mkdir()
@@ -420,7 +604,7 @@ def test_a_destination_that_exists_is_refused(there, tmp_path):
 
 
 def test_python_raises_with_the_words_of_the_command(tmp_path, capsys):
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     with pytest.raises(ValueError) as raised:
         upcycle.upcycle_folder(tmp_path / "a", tmp_path / "b", 4, 2, granularity=5)
     with pytest.raises(ValueError) as in_memory:
@@ -444,7 +628,7 @@ def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path):
         header[name] = {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [at, at := at + 2 * t.numel()]}
     header = json.dumps(header).encode()
     (tmp_path / "a").mkdir()
-    model.write_json(tmp_path / "a" / "config.json", model.public_config(config, torch.bfloat16))
+    checkpoint.write_json(tmp_path / "a" / "config.json", checkpoint.public_config(config, torch.bfloat16))
     with open(tmp_path / "a" / "model.safetensors", "wb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(8 + len(header) + at)
@@ -455,7 +639,7 @@ def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    model.save(make(), tmp_path / "a")
+    checkpoint.save(make(), tmp_path / "a")
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError):
         upcycle.upcycle_folder(tmp_path / "a", tmp_path / "file" / "b", 4, 2)
@@ -463,7 +647,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_killed_halfway_there_is_no_folder_under_the_final_name(tmp_path):
-    model.save(make(hidden_size=64, intermediate_size=1024), tmp_path / "a")
+    checkpoint.save(make(hidden_size=64, intermediate_size=1024), tmp_path / "a")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     for number, status in {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}.items():
         argv = [str(tmp_path / "a"), str(tmp_path / number.name), *"--experts 200 --top-k 2 --method drop".split()]
@@ -479,8 +663,12 @@ def test_killed_halfway_there_is_no_folder_under_the_final_name(tmp_path):
 
 
 def test_the_command_writes_a_folder_and_says_so(tmp_path, capsys):
-    model.save(make(torch.bfloat16), tmp_path / "a")
+    checkpoint.save(make(torch.bfloat16), tmp_path / "a")
     upcycle.main([str(tmp_path / "a"), str(tmp_path / "b"), *"--experts 4 --top-k 2 --granularity 2".split()])
     said = capsys.readouterr()
     assert "8 experts of width 48, 4 a token" in said.out and "bfloat16" in said.out and said.err == ""
-    assert same(model.load(tmp_path / "b"), upcycle.upcycle(model.load(tmp_path / "a"), 4, 2, granularity=2))
+    assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 4, 2, granularity=2))
+    upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 2".split()])
+    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "equal in all" in said
+    steps = json.loads((tmp_path / "more" / "run.json").read_text())["lineage"]
+    assert [(s.get("experts"), s.get("granularity")) for s in steps] == [(None, None), (4, 2), (8, 2)]

@@ -1,0 +1,224 @@
+"""LiGO: the growth operator that is learned ("Learning to Grow Pretrained Models", 2303.00980).
+
+The weights of the grown model are linear maps of those of the small one. The maps start close to a plain operator. A
+few steps of Adam on real text make them better: they train the maps only, and the small model's weights stay. Then the
+maps are multiplied out and forgotten. What is left is an ordinary model, from which training goes on.
+
+Depth. Each tensor of the new layer i is a sum over the old layers j, with weights w of its own:
+
+    W'_i = sum_j w_ij W_j          at the start w is the stack (1 where j = i mod L, else 0) plus a little noise
+
+Width. One matrix B maps the residual stream, x' = B x. Every layer has others for its heads and its MLP:
+
+    W' = B_out W B_in^T            gain' = B gain, bias' = B_out bias          at the start B = [I; noise]
+
+By hand. Let B be the same 4 x 2 matrix on both sides. Its new rows say: dimension 3 is dimension 1 again, dimension 4
+is the mean of the two.
+
+         1    0                                     1    2    1    1.5
+    B =  0    1        W = 1  2        B W B^T =    3    4    3    3.5
+         1    0            3  4                     1    2    1    1.5
+         1/2  1/2                                   2    3    2    2.5
+
+Its 8 numbers decide on all 16. This is why a few steps on a few thousand tokens are enough to learn them.
+
+    python ligo.py SRC DST --axis depth --factor 2        # reads on in the text that SRC has read
+    python ligo.py SRC DST --axis width --factor 2 --steps 200
+
+Left out: SGD, the paper's optimizer; and keeping the maps to go on learning them.
+
+Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base`:
+TRY
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import checkpoint
+import data
+import grow
+import model
+import operators
+from checkpoint import pack, place, unpack
+from tokenizer import load_tokenizer
+
+LEARN_RATE = 2e-3
+
+SIDES = {  # tensor: (map of what it puts out, map of what it reads); None: no map
+    "embed_tokens.weight": (None, "hidden"), "lm_head.weight": (None, "hidden"), "gate.weight": (None, "hidden"),
+    "q_proj.weight": ("q", "hidden"), "k_proj.weight": ("k", "hidden"), "v_proj.weight": ("v", "hidden"),
+    "q_proj.bias": ("q", None), "k_proj.bias": ("k", None), "v_proj.bias": ("v", None),
+    "o_proj.weight": ("hidden", "mixed"),
+    "gate_proj.weight": ("mlp", "hidden"), "up_proj.weight": ("mlp", "hidden"), "down_proj.weight": ("hidden", "mlp"),
+    "input_layernorm.weight": ("hidden", None), "post_attention_layernorm.weight": ("hidden", None),
+    "norm.weight": ("hidden", None), "q_norm.weight": (None, None), "k_norm.weight": (None, None),
+}  # fmt: skip
+
+
+def maps_of_depth(old, config, grown, entry):
+    """({name: map}, a function that makes the grown model's state dict of them). old: the small one's state dict."""
+    stack = F.one_hot(torch.tensor(entry["layers"]), config.num_hidden_layers).float()  # (new layers, old layers)
+    kinds = [n.removeprefix("model.layers.0.") for n in old if ".layers.0." in n]
+    noise = lambda kind: model.normal(stack.shape, 1, entry["seed"], -1, 0, f"learn {kind}")
+    maps = {kind: stack + 0.03 * noise(kind) for kind in kinds}
+
+    def combine():
+        state = {n: t for n, t in old.items() if ".layers." not in n}
+        for kind, weights in maps.items():
+            layers = torch.stack([old[f"model.layers.{j}.{kind}"] for j in range(config.num_hidden_layers)])
+            state |= {f"model.layers.{i}.{kind}": t for i, t in enumerate(torch.tensordot(weights, layers, 1))}
+        return state
+
+    return maps, combine
+
+
+def maps_of_width(old, config, grown, entry):
+    """The same. The paper knows no rotary positions and no groups of heads. Here a head is mapped as a whole, so that
+    rotary pairs stay pairs, and o_proj reads by the map of v_proj, group by group."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    sizes = {"q": heads, "k": groups, "v": groups, "mlp": config.intermediate_size // config.granularity}
+    maps = {}
+    for i in range(-1, config.num_hidden_layers):  # -1: outside the layers
+        for side, d in (sizes if i >= 0 else {"hidden": config.hidden_size}).items():
+            D = grow.whole(side, d, entry["factor"])
+            noise = model.normal((D - d, d), D**-0.5, entry["seed"], i, 0, f"learn {side}")
+            maps[side, i] = torch.cat([torch.eye(d), noise])
+    head, group = torch.eye(config.head_dim), torch.eye(heads // groups)
+
+    def map_of(side, layer):
+        match side:
+            case "hidden":
+                return maps["hidden", -1]
+            case "mlp":
+                return maps["mlp", layer]
+            case "q" | "k" | "v":
+                return torch.kron(maps[side, layer], head)
+            case "mixed":
+                return torch.kron(maps["v", layer], torch.kron(group, head))
+
+    def combine():
+        tensors = {}
+        for name, t in unpack(config, old):
+            (out, into), layer = grow.look_up(SIDES, name), place(name).layer
+            t = map_of(out, layer) @ t if out else t
+            tensors[name] = t @ map_of(into, layer).T if into else t  # the paper prints the head's as W B: it is W B^T
+        return pack(grown, tensors)
+
+    return maps, combine
+
+
+def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN_RATE):
+    """A model in fp32, grown from `module` by maps that are learned on `batches`, pairs (ids, targets) (B, T), an Adam
+    step each. `module` stays as it is. Raises ValueError as grow.grow."""
+    config, entry = module.config, grow.lineage_step(module.config, axis, "learn", factor, layers, seed)
+    grown = grow.grown_config(config, entry)
+    old = {n: t.detach().float() for n, t in module.state_dict().items()}
+    for name, _ in unpack(config, old):
+        grow.look_up(SIDES, name)
+    if config.tie_word_embeddings:  # one tensor, or functional_call finds two for one parameter
+        old["lm_head.weight"] = old["model.embed_tokens.weight"]
+    maps, combine = {"depth": maps_of_depth, "width": maps_of_width}[axis](old, config, grown, entry)
+    with torch.device("meta"):
+        empty = model.Transformer(grown)
+    optimizer = torch.optim.Adam([t.requires_grad_() for t in maps.values()], lr=lr)
+    for ids, targets in batches:
+        _, loss, aux = torch.func.functional_call(empty, combine(), (ids, targets))
+        if aux:
+            loss = loss + config.balance_coef * aux["balance_loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():  # the last weights are copied, and the maps forgotten
+        big = checkpoint.assemble(grown, {n: t.clone() for n, t in combine().items()})
+    return big.train(module.training)
+
+
+@torch.no_grad()
+def held_out_loss(module, corpora, context):
+    """Nats a token on at most 128 windows a corpus."""
+    total = 0
+    for corpus in corpora:
+        ids, targets = data.validation_windows(corpus, context)
+        parts = zip(ids[:128].split(16), targets[:128].split(16))
+        total += corpus.weight * sum(module(x, y)[1].item() * len(x) for x, y in parts) / len(ids[:128])
+    return total
+
+
+def learn_on_text(source, entry, lineage, spec, steps, batch_tokens, lr):
+    """`learn` for the folder `source` on `steps` batches of the text of `spec`, by default what its last training read,
+    going on where that stopped. Adds to `entry` what was read and spent, and prints three held-out losses."""
+    module, tokenizer = checkpoint.load(source), load_tokenizer(str(source))
+    before = checkpoint.last_settings(lineage)
+    context = before.get("context") or min(module.config.max_position_embeddings, 256)
+    spec = spec or before.get("data") or "python"
+    corpora = data.prepare(spec, tokenizer, context=context)
+    order, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
+    reader = data.Reader(corpora, context, entry["seed"] if order is None else order, sequence, read)
+    windows, start = max(1, batch_tokens // context), dict(reader.read)
+    bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
+    batches = (reader.load(reader.take(windows)) for _ in bar)
+    how = {k: entry[k] for k in ("axis", "factor", "layers", "seed")}
+    untrained, big = learn(module, [], **how), learn(module, batches, **how, lr=lr)
+    was, began, ended = (held_out_loss(m, corpora, context) for m in (module, untrained, big))
+    print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
+    tokens = steps * windows * context
+    entry |= {"tokens": tokens, "flops": tokens * big.flops_per_token(context), "data": reader.since(start)}
+    entry["settings"] = {"data": spec, "context": context, "tokenizer": tokenizer.key, "lr": lr}
+    return big
+
+
+def learn_folder(source, target, axis, factor, layers, seed, spec, steps, batch_tokens, lr, source_tokens=None):
+    """The checkpoint folder `source`, grown by learned maps, as the new folder `target`, fp32; all of it in memory.
+    Returns a line about it. Raises ValueError, FileNotFoundError or OSError, and then leaves no part of it."""
+    source = checkpoint.find(source)
+    small = checkpoint.read_config(source)
+    entry = grow.lineage_step(small, axis, "learn", factor, layers, seed)
+    grown = grow.grown_config(small, entry)
+    (_, stored), (tokenizer, lineage) = checkpoint.locate(source, small), checkpoint.read_lineage(source, source_tokens)
+    if os.path.lexists(target):  # asked again when it is written; but learning takes a while
+        raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+    big = learn_on_text(source, entry, lineage, spec, steps, batch_tokens, lr)
+    tensors, run = dict(unpack(grown, big.state_dict())), {"tokenizer": tokenizer, "lineage": [*lineage, entry]}
+    operators.write_folder(source, target, grown, torch.float32, tensors.__getitem__, run)
+    return grow.describe(target, grown, entry, stored, torch.float32)
+
+
+def count(text):
+    if (value := grow.number(text)) != int(value) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count (a whole number of at least 1)")
+    return value
+
+
+def main(argv=None):
+    after = "Then train on: python train.py --init DST"
+    parser, _ = grow.make_parser("ligo.py", "--axis AXIS", __doc__, after)
+    add = parser.add_argument_group("learning").add_argument
+    add("--data", dest="spec", metavar="SPEC", help="text to learn on: see data.py (default: the source's, or python)")
+    add("--steps", type=count, default=100, help="batches to learn on (default: %(default)s)")
+    add("--batch-tokens", type=count, default=4096, help="tokens of one of them (default: %(default)s)")
+    add("--lr", type=grow.number, default=LEARN_RATE, help="learning rate of the maps (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        print("written:", learn_folder(**vars(args)))
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        parser.error(str(error))
+    print(f"next: python train.py --init {args.target}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
