@@ -102,7 +102,11 @@ def residuals(theta, X, y):
 
 
 def whiten(X, free):
-    """W (P, rank): in steps theta + W phi all directions matter alike. Directions that no run varies are left out."""
+    """W (P, rank): in steps theta + W phi all directions matter alike.
+
+    Over a few decades of N a larger alpha is almost made good by a larger ln A: in theta the valley of f is long and
+    thin, and a descent crawls along it. In phi it is round. Directions that no run varies are left out.
+    """
     K, P, n = X.shape
     _, s, V = np.linalg.svd(X[:, free].transpose(0, 2, 1).reshape(K * n, -1) / math.sqrt(n), full_matrices=False)
     W = np.zeros((P, len(s)))
@@ -251,9 +255,9 @@ def solve(form, table, target="L", fixed=None, starts=None):
     slid, cost = theta[None], np.array([np.inf])
     if E is not None:
         slid = np.tile(theta, (51, 1))
-        slid[:, E] = log(np.append(1e-9, np.linspace(0.01, 0.99, 50))) + y.min()
+        slid[:, E] = log(np.append(1e-9, np.linspace(0.01, 0.99, 50))) + y.min()  # 1e-9 for 0, which has no logarithm
         slid, cost = descend(X, y, slid, free & (np.arange(len(names)) != E), 60)
-        if cost.min() < f:
+        if cost.min() < f:  # the slide came to a deeper valley
             theta, f = min((theta, f), polish(X, y, slid[cost.argmin()], free), key=lambda result: result[1])
     r = residuals(theta[None], X, y)[0][0]
     return Best(names, prefactor, free, X, y, theta, float(f), E, slid, cost - f <= allowance(r, free.sum()))
@@ -265,41 +269,45 @@ def tied(form, table, names):
     With D = 20 N both prices of Chinchilla's law are powers of N. Swap them, and the fit is as good: so it says nothing
     about either.
     """
-    args, acts = {c: np.asarray(table[c], float) for c in columns(form)}, {}
-    for c in args:  # what depends on this column? Double it and see
-        for (p, powers), (_, moved) in zip(form(**args), form(**args | {c: 2 * args[c]})):
-            if any(e in names and np.any(powers[e] != moved[e]) for e in powers):
-                still = {e for e in powers if np.ptp(powers[e]) == 0}  # acts like a prefactor
-                acts.setdefault(c, set()).update({p, *still, *(e for e in powers if np.any(powers[e] != moved[e]))})
-    spread = {c: np.std(log(args[c])) for c in acts}
-    groups = {c: f"{c} is the same in all runs" for c in acts if spread[c] < TIED}
-    free = [c for c in acts if c not in groups]
-    if len(free) > 1:
-        Z = np.array([(log(args[c]) - log(args[c]).mean()) / spread[c] for c in free])
+    args = {c: np.asarray(table[c], float) for c in columns(form)}
+    acts = {}  # column: the coefficients of the terms in which it acts
+    for c in args:  # double it, and see which factors change
+        for (prefactor, powers), (_, moved) in zip(form(**args), form(**args | {c: 2 * args[c]})):
+            moving = {e for e in powers if np.any(powers[e] != moved[e])}
+            if moving & {*names}:
+                constant = {e for e in powers if np.ptp(powers[e]) == 0}  # it acts like a prefactor
+                acts[c] = acts.get(c, set()) | moving | constant | {prefactor}
+    logs = {c: log(args[c]) - log(args[c]).mean() for c in acts}
+    groups = {c: f"{c} is the same in all runs" for c in acts if logs[c].std() < TIED}
+    varied = [c for c in acts if c not in groups]
+    if len(varied) > 1:
+        Z = np.array([logs[c] / logs[c].std() for c in varied])
         size, V = np.linalg.eigh(Z @ Z.T / Z.shape[1])  # a direction in which the runs do not spread is a relation
         for v in V[:, size < TIED**2].T:
-            together = [c for c, weight in zip(free, v) if abs(weight) > 0.1]
+            together = [c for c, weight in zip(varied, v) if abs(weight) > 0.1]
             groups |= dict.fromkeys(together, f"{', '.join(together)} are tied: one follows from the others")
     return {name: why for c, why in groups.items() for name in names if name in acts[c]}
 
 
 def undetermined(form, table, best):
-    """{coefficient: reason} for those that the runs do not determine, whatever the noise was."""
+    """{coefficient: reason} for those that the runs leave open. A coefficient is open if one of these holds:
+
+    it is the floor, and a floor of 0 is possible (`solve`); one constant fits all losses, so that no law is needed; it
+    belongs to a column that is constant or tied to another (`tied`); or it can be changed together with others so that
+    no prediction changes at the best fit, d r / d theta @ v = 0. So is it with g and a where G is the same everywhere:
+    only their sum counts.
+    """
     names = [name for name, free in zip(best.names, best.free) if free]
-    logs = {c: log(table[c]) for c in columns(form)}  # a column that is as good as constant is taken for constant
-    table = {c: np.exp(v if v.std() > TIED else np.full(len(v), v.mean())) for c, v in logs.items()}
-    X = design(form, table)[2]
-    r, share = residuals(best.theta[None], X, best.y)
-    why, P = {}, len(names)
-    if best.possible[0]:
-        why[best.names[best.E]] = "without it the law fits as well as noise allows"
+    P, r = len(names), residuals(best.theta[None], best.X, best.y)[0][0]
     flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant for all runs
-    if flat - best.f <= allowance(r[0], P, max(1, P - 1)):
+    why = {best.names[best.E]: "without it the law fits as well as noise allows"} if best.possible[0] else {}
+    if flat - best.f <= allowance(r, P, max(1, P - 1)):
         why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
     why = tied(form, table, names) | why
-    J = np.einsum("kn,kpn->np", share[:, 0], X[:, best.free])  # d r / d theta
-    J /= np.maximum(np.linalg.norm(J, axis=0), 1e-100)
-    _, s, V = np.linalg.svd(J)  # a change of theta along a V with s = 0 changes no prediction
+    logs = {c: log(table[c]) for c in columns(form)}  # a column that is as good as constant is taken for constant here
+    X = design(form, {c: np.exp(v if v.std() > TIED else 0 * v + v.mean()) for c, v in logs.items()})[2]
+    J = np.einsum("kn,kpn->np", residuals(best.theta[None], X, best.y)[1][:, 0], X[:, best.free])  # d r / d theta
+    _, s, V = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-100), full_matrices=False)
     for j in np.flatnonzero((np.abs(V[s < 1e-8]) > 1e-4).any(0)):
         why.setdefault(names[j], "a change of it is made good exactly by others, or changes nothing")
     return why
