@@ -221,7 +221,7 @@ EXACT = ("copy", "drop")  # methods whose numbers bf16 and fp16 hold; for others
 
 
 def router(layer, r, w_ED=None):
-    """The new router's rows. w_ED: those of a mixture, which its copies take over; the first copy keeps its row."""
+    """The new router, (E, D). w_ED: that of a mixture, whose copies take its rows over; the first keeps its own."""
     D, m, G = r.source.hidden_size, r.copies, r.granularity
     random = normal("router", layer, 0, (r.experts, 1, D), r.router_std, r)
     if w_ED is None:
@@ -252,7 +252,8 @@ def operator(config, experts, top_k, **options):
 
     Raises ValueError on a recipe that cannot be followed."""
     r = Recipe(config, experts, top_k, **options)
-    parts = functools.lru_cache(maxsize=2)(functools.partial(copy, r=r))  # gate and up serve r.cut tensors in turn
+    kept = 2 if r.cut > 1 else 0  # a copy of gate and one of up serve r.cut tensors in turn
+    parts = functools.lru_cache(maxsize=kept)(functools.partial(copy, r=r))
 
     def formula(name):
         layer, i, matrix, kind = checkpoint.place(name)
@@ -318,8 +319,8 @@ def command_line():
     add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or that of the mixture SRC)")
     add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Config.router}, or that of the "
         "mixture SRC)")  # fmt: skip
-    add("--router-std", type=float, help=f"deviation of the random part of the new router rows (default: {ROUTER_STD}; 0 "
-        "if SRC is a mixture)")  # fmt: skip
+    add("--router-std", type=float, help="deviation of the random part of the new router rows (default: "
+        f"{ROUTER_STD}; 0 if SRC is a mixture)")  # fmt: skip
     add("--scale", choices=SCALES, help="factor that keeps the output's size: on down_proj, its cube root on all three "
         f"matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
     add = parser.add_argument_group("experts").add_argument
