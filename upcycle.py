@@ -24,8 +24,8 @@ give 10 and 20, and their scores are 3/4 and 1/4 (logits log 3 and 0). There are
     --top-k doubled       (3/8 + 3/8) * 10 + (1/8 + 1/8) * 20 = 12.5      exactly the same function
     --top-k as before     (1/2 + 1/2) * 10 = 10                           two copies of the best expert: the second
                                                                           best is lost until the copies differ
-The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all stay equal in training: they see
-the same tokens. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
+The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all and get the same tokens stay
+equal in training. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
 
 Left out: upcycling every other layer (2212.05055); choosing the experts to copy by their gradients (2604.19835);
 different models as experts; the optimizer's state (2212.05055: it helps vision, not language).
@@ -358,7 +358,7 @@ def main(argv=None):
     if G > 1 and dtype.itemsize < 4:
         print("note: a reader that routes in this dtype splits a copy now and then; in float32 none does")
     if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
-        print("note: copies that are equal in all stay equal in training (--router-std 0.02, --method noise or drop)")
+        print("note: equal copies that get the same tokens stay equal (--router-std 0.02, --method noise or drop)")
     print(f"next: python train.py --init {dst}")
 
 
