@@ -12,7 +12,7 @@ name. Nothing in a folder is executed, and no file outside it is opened.
 
 Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.mlp.experts.3.up_proj.weight`. Mixtral
 has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
-all experts of a layer in two tensors: `unpack` and `pack` go between those and the names.
+all experts of a layer in two tensors: `unpack` and `packed` go between those and the names.
 
 A killed process leaves a loadable folder. Each file is written beside its place, flushed and renamed. The order is
 weights, run.json, trainer.pt; each holds the number of its step, and a folder whose numbers differ is refused.
@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import distribute_tensor
 
 from model import Config, Transformer
 
@@ -245,19 +246,12 @@ def unpack(config, state):
                 yield f"{layer}.experts.{e}.{which}.weight", part
 
 
-def pack(config, tensors):
-    """The inverse of unpack: {name: tensor} -> state dict. Empties `tensors`, so that nothing is held twice."""
-    with torch.device("meta"):
-        names, state = Transformer(config).state_dict(), {}
-    for name, t in names.items():
-        parts = [tensors.pop(n) for n, _ in unpack(config, {name: t})]
-        if name.endswith("gate_up_proj"):
-            parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
-        if parts:  # of a tied head there are none
-            state[name] = torch.stack(parts) if ".experts." in name else parts[0]
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
+def packed(config, name, shape, read):
+    """The inverse of unpack, for one tensor of a state dict. read(name): the tensor of that name, of one expert."""
+    parts = [read(n) for n, _ in unpack(config, {name: torch.empty(shape, device="meta")})]
+    if name.endswith("gate_up_proj"):
+        parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
+    return torch.stack(parts) if ".experts." in name else parts[0]
 
 
 class Place(NamedTuple):
@@ -352,19 +346,23 @@ def locate(folder, config):
                 dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
     if config.tie_word_embeddings and "lm_head.weight" in files:
         both = ("lm_head.weight", "model.embed_tokens.weight")
-        if not torch.equal(*(t for _, t in read_tensors({name: (files[name], name, ()) for name in both}))):
+        if not torch.equal(*(read_tensor((files[name], name, ())) for name in both)):
             raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
                              "(tie_word_embeddings false keeps both)")  # fmt: skip
     return {name: (files[there], there, index) for name, (there, _, index) in wanted.items()}, dtype
 
 
-def read_tensors(found):
-    """Yields (name, tensor) for entries of `locate`, one file after the other."""
-    for path in sorted({path for path, _, _ in found.values()}):
-        with opened(path) as f:
-            for name, (there, stored, index) in found.items():
-                if there == path:
-                    yield name, f.get_slice(stored)[index] if index else f.get_tensor(stored)
+def read_tensor(where):
+    """The tensor at an entry of `locate`."""
+    path, name, index = where
+    with opened(path) as f:
+        return f.get_slice(name)[index] if index else f.get_tensor(name)
+
+
+def reader(folder, config):
+    """(a function that reads the tensor of a name from a checkpoint folder, their widest dtype). Raises as `locate`."""
+    found, stored = locate(folder, config)
+    return lambda name: read_tensor(found[name]), stored
 
 
 def load(folder, dtype=torch.float32):
@@ -373,15 +371,31 @@ def load(folder, dtype=torch.float32):
     Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says."""
     config = read_config(folder)
     check_whole(folder)
-    found, _ = locate(folder, config)
-    return assemble(config, pack(config, {name: t.to(dtype) for name, t in read_tensors(found)}))
+    read, _ = reader(folder, config)
+    return build(config, lambda name, shape: packed(config, name, shape, read), dtype)
 
 
-def assemble(config, state):
-    """The module of Config `config` whose weights are the tensors of the state dict, themselves and not copies."""
+@torch.no_grad()
+def build(config, value, dtype=torch.float32, shard=None):
+    """The module of Config `config` in which the tensor `name` of its state dict is value(name, shape).
+
+    shard(module): called while the module is empty, to spread its parameters over the ranks. Then each tensor goes to
+    its shards before the next one is made: no rank ever holds more than one of them whole."""
     with torch.device("meta"):
-        module = Transformer(config)
-    module.load_state_dict(state, assign=True)
+        module, state = Transformer(config).to(dtype), {}
+    if shard:
+        shard(module)
+    for name, empty in module.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        whole = value(name, empty.shape).to(dtype)
+        if shard:
+            whole = whole.to(empty.device)
+            mine = distribute_tensor(whole, empty.device_mesh, empty.placements, src_data_rank=None)
+            empty.to_local().copy_(mine.to_local())
+        else:
+            state[name] = whole
+    module.load_state_dict(state, assign=True, strict=False)
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module
