@@ -669,6 +669,6 @@ def test_the_command_writes_a_folder_and_says_so(tmp_path, capsys):
     assert "8 experts of width 48, 4 a token" in said.out and "bfloat16" in said.out and said.err == ""
     assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 4, 2, granularity=2))
     upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 2".split()])
-    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "equal in all" in said
+    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "stay equal" in said
     steps = json.loads((tmp_path / "more" / "run.json").read_text())["lineage"]
     assert [(s.get("experts"), s.get("granularity")) for s in steps] == [(None, None), (4, 2), (8, 2)]
