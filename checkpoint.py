@@ -14,8 +14,9 @@ Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.m
 has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
 all experts of a layer in two tensors: `unpack` and `packed` go between those and the names.
 
-A killed process leaves a loadable folder. Each file is written beside its place, flushed and renamed. The order is
-weights, run.json, trainer.pt; each holds the number of its step, and a folder whose numbers differ is refused.
+A kill loses no run. Each file is renamed into place when it is whole, in the order weights, run.json, trainer.pt, and
+each of these holds the number of its training step. Where the numbers differ `load` refuses the folder by name, and
+`train.py --resume` goes on from trainer.pt, whose renaming is the commit.
 """
 
 import json
@@ -110,11 +111,12 @@ KINDS = {  # model_type: keys that a configuration may leave out, and what its p
     "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
                       num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }  # fmt: skip
-ROUTER = {True: "topk-softmax", False: "softmax-topk"}  # by norm_topk_prob: are the chosen scores made to sum to one?
+# By norm_topk_prob: a softmax over all whose chosen scores are made to sum to one is a softmax over the chosen logits.
+ROUTER = {True: "topk-softmax", False: "softmax-topk"}
 
 
 def read_config(folder):
-    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what cannot be said exactly."""
+    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what model.py cannot compute."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
@@ -173,20 +175,20 @@ def read_config(folder):
         eos_token_id=h.get("eos_token_id"),
     )
     if kind in ("mixtral", "qwen3_moe"):
-        G = config.granularity = h.get("granularity", 1)
+        G = config.granularity = h.get("granularity", 1)  # a full-width expert is cut into G: see model.Config
         experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
         if experts % G or chosen % G:
             refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
         config.experts, config.top_k, config.intermediate_size = experts // G, chosen // G, config.intermediate_size * G
         config.router = ROUTER[kind == "mixtral" or bool(h["norm_topk_prob"])]
-        config.balance_coef = need("router_aux_loss_coef") * chosen  # the public loss sums over a token's choices
+        config.balance_coef = need("router_aux_loss_coef") * chosen  # ours is a mean over choices, the public one a sum
     config.check()
     return config
 
 
 def public_config(config, dtype):
     """The Hugging Face configuration of a Config, a dict; rotary settings and dtype in the older and newer spelling."""
-    match bool(config.experts), config.qk_norm, config.qkv_bias:
+    match bool(config.experts), config.qk_norm, config.qkv_bias:  # Config.check refuses what is not here
         case False, False, False:
             kind, name, more = "llama", "Llama", {"mlp_bias": False}
         case False, False, True:
@@ -288,7 +290,8 @@ def opened(path):
 
 
 def tensor_files(folder):
-    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
+    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises FileNotFoundError or
+    ValueError."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
@@ -314,21 +317,21 @@ def tensor_files(folder):
 def locate(folder, config):
     """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, their widest dtype).
 
-    Only the files' headers are read. Raises FileNotFoundError or ValueError where a tensor is missing, left over, torn,
-    or of another shape or dtype; and where config.json ties head and embedding, but the file holds two that differ."""
+    Reads headers alone (and of a tied model a head that lies in the file all the same, to compare it). Raises
+    FileNotFoundError or ValueError where a tensor is missing, left over, torn, or of another shape or dtype."""
     with torch.device("meta"):  # shapes without numbers
         state = Transformer(config).state_dict()
     files, wanted = tensor_files(folder), {}
-    for packed, t in state.items():
-        for i, (name, part) in enumerate(unpack(config, {packed: t})):
-            ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}
-            if ".experts." in packed:  # some writers keep a layer's experts in one tensor, as a module does
+    for whole, t in state.items():
+        for i, (name, part) in enumerate(unpack(config, {whole: t})):
+            ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}  # name in the file: shape, index
+            if ".experts." in whole:  # transformers 5 can keep a layer's experts in one tensor, as a module does
                 half = slice(i % 2 * len(part), (i % 2 + 1) * len(part))  # expert 0's gate, its up, expert 1's gate ...
-                ways[packed] = (t.shape, (i,) if packed.endswith("down_proj") else (i // 2, half))
-            there = next((way for way in ways if way in files), spelled(config, name))
-            wanted[name] = there, *ways[there]
-    shapes = {there: tuple(shape) for there, shape, _ in wanted.values()}
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some public folders
+                ways[whole] = (t.shape, (i,) if whole.endswith("down_proj") else (i // 2, half))
+            stored = next((way for way in ways if way in files), spelled(config, name))
+            wanted[name] = stored, *ways[stored]
+    shapes = {stored: tuple(shape) for stored, shape, _ in wanted.values()}
+    spare = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tie_word_embeddings  # may lie there without use
     missing = sorted(shapes.keys() - files.keys())
     extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith(spare))
     for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
@@ -349,7 +352,7 @@ def locate(folder, config):
         if not torch.equal(*(read_tensor((files[name], name, ())) for name in both)):
             raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
                              "(tie_word_embeddings false keeps both)")  # fmt: skip
-    return {name: (files[there], there, index) for name, (there, _, index) in wanted.items()}, dtype
+    return {name: (files[stored], stored, index) for name, (stored, _, index) in wanted.items()}, dtype
 
 
 def read_tensor(where):
@@ -430,9 +433,8 @@ def besides(folder):
 
 
 def read_lineage(folder, source_tokens=None):
-    """(name of the tokenizer or None, lineage) of a checkpoint folder, ours or a public one, from its run.json.
-
-    source_tokens: what a public source was trained on, if known. Raises ValueError for a torn folder."""
+    """(name of the tokenizer or None, lineage) of a checkpoint folder, from its run.json. A public folder has none, and
+    gets one entry, "source". source_tokens: what it was trained on, if known. Raises ValueError for a torn folder."""
     folder = Path(folder)
     path = folder / "run.json"
     if source_tokens is not None and not 0 <= source_tokens < math.inf:
@@ -450,7 +452,7 @@ def read_lineage(folder, source_tokens=None):
         raise ValueError(f"{path} has no lineage (a list of steps)")
     if tokens is not None:
         if lineage[0]["step"] != "source":
-            why = f"{path} knows its own tokens (leave it out for our own)"
+            why = f"{path} knows its own tokens (leave it out: it is for a public source)"
             raise ValueError(f"source_tokens is {source_tokens}: {why}")
         lineage[0]["tokens"] = tokens
     return run.get("tokenizer"), lineage
@@ -483,7 +485,7 @@ def check_whole(folder):
         steps.add(str(run["step"]))
         if (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as f:
-                steps.add((f.metadata() or {}).get("step", str(run["step"])))
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # an operator's weights have none
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:

@@ -11,8 +11,9 @@ For "model.layers.3.mlp.up_proj.weight" it returns ["model.layers.1.mlp.up_proj.
 
 `through` follows a formula: given what reads the old tensors, it returns what reads the new ones, one at a time. So
 `apply_to_folder` goes from files to files, and a model larger than memory goes through. `apply_to_module` goes from a
-module to a module. train.py goes from files to the shards of a rank. All three give the same bits. An operator consists
-of its formula, its new configuration and its entry in the lineage; the rest comes for nothing.
+module to a module, and train.py from files to the shards of a rank. All call the same function on the same numbers, so
+from weights of one dtype they give the same bits. The folder way also checks before it works, and writes whole or not
+at all. An operator of another kind (learned, or with two sources) calls `write_folder` with a `made` of its own.
 """
 
 import functools
@@ -39,7 +40,7 @@ class Operator(NamedTuple):
     config: Config  # of the new model
     formula: object  # the function gets tensors of the new model's dtype on the CPU, and returns one
     entry: dict  # what run.json's lineage says of it
-    dtype: object  # dtype of the old weights -> the dtype in which the new ones are exact
+    dtype: object  # a function: dtype of the old weights -> one in which the new ones are exact
 
 
 def through(operator, read, dtype):

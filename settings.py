@@ -380,17 +380,22 @@ def fast_bf16(device):
     return False
 
 
-def default_micro_batch(config, sizes, context, windows, device):
-    """The largest divisor of a rank's windows that fits. A token keeps about 12 bytes for each number of its residual
-    stream and of its MLPs. On CUDA they get the free memory, less 20 bytes a parameter (weights, gradients, moments and
-    bf16 copies); on a CPU 0.18 GB, as what is near the caches is fastest."""
-    most = 0.18e9
-    if device.type == "cuda":
-        most = torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"])
-    elif device.type != "cpu":
-        most = 16e9
+def memory_for_activations(device, sizes):
+    """Bytes. On CUDA what is free, less 20 a parameter for weights, gradients, moments and bf16 copies. On a CPU not
+    much: what is near the caches is fastest."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"])
+        case "cpu":
+            return 0.18e9
+    return 16e9
+
+
+def default_micro_batch(config, context, windows, memory):
+    """The largest divisor of a rank's windows that fits into `memory` bytes. In each layer a token keeps about 12 bytes
+    for every number of its residual stream and of its MLPs."""
     width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
-    most /= 12 * config.num_hidden_layers * width * context
+    most = memory / (12 * config.num_hidden_layers * width * context)
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
@@ -404,7 +409,8 @@ def horizon(s, config, sizes, flops_per_token, device, world):
         tokens = s.tokens_per_param * sizes["N_active"]
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
-    s.micro_batch = s.micro_batch or default_micro_batch(config, sizes, s.context, windows, device)
+    memory = memory_for_activations(device, sizes)
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)
     s.save_every = s.save_every or max(1, steps // 10)
