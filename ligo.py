@@ -55,7 +55,7 @@ import data
 import grow
 import model
 import operators
-from checkpoint import pack, place, unpack
+from checkpoint import packed, place, unpack
 from tokenizer import load_tokenizer
 
 LEARN_RATE = 2e-3
@@ -100,6 +100,10 @@ def maps_of_width(old, config, grown, entry):
             noise = model.normal((D - d, d), D**-0.5, entry["seed"], i, 0, f"learn {side}")
             maps[side, i] = torch.cat([torch.eye(d), noise])
     head, group = torch.eye(config.head_dim), torch.eye(heads // groups)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in model.Transformer(grown).state_dict().items()}
+    if grown.tie_word_embeddings:
+        del shapes["lm_head.weight"]
 
     def map_of(side, layer):
         match side:
@@ -118,7 +122,7 @@ def maps_of_width(old, config, grown, entry):
             (out, into), layer = grow.look_up(SIDES, name), place(name).layer
             t = map_of(out, layer) @ t if out else t
             tensors[name] = t @ map_of(into, layer).T if into else t  # the paper prints the head's as W B: it is W B^T
-        return pack(grown, tensors)
+        return {name: packed(grown, name, shape, tensors.__getitem__) for name, shape in shapes.items()}
 
     return maps, combine
 
@@ -145,7 +149,8 @@ def learn(module, batches, axis="depth", factor=2, layers=None, seed=1, lr=LEARN
         loss.backward()
         optimizer.step()
     with torch.no_grad():  # the last weights are copied, and the maps forgotten
-        big = checkpoint.assemble(grown, {n: t.clone() for n, t in combine().items()})
+        state = combine()
+        big = checkpoint.build(grown, lambda name, shape: state[name].clone())
     return big.train(module.training)
 
 

@@ -85,17 +85,16 @@ def plot(out, rulers):
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     tokens = [float(r["tokens"]) for r in rows]
-    plain = {"parse_math": False}  # a name may have a $ in it
+    plain = lambda name: name.replace("$", r"\$")  # what stands between two $ of a name is no formula
     for i, (name, ruler) in enumerate(rulers.items()):
-        axes.plot(tokens, [float(r[f"{name}_loss"]) for r in rows], "o-", color=f"C{i}", markersize=3, label=name)
+        losses = [float(r[f"{name}_loss"]) for r in rows]
+        axes.plot(tokens, losses, "o-", color=f"C{i}", markersize=3, label=plain(name))
         for n, level in enumerate(ruler, 1):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
-            axes.text(x, level, f"{name} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom", **plain)
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token")
-    axes.set_title(str(out), **plain)
-    for text in axes.legend(frameon=False).get_texts():
-        text.set_parse_math(False)
+            axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
+    axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)
 

@@ -67,23 +67,23 @@ PEAKS = {
 # ---- the parts of a run ---------------------------------------------------------------------------------------------
 
 
-def build(start, shard):
-    """The module on the CPU, the same one on every rank. shard is called with each block that an operator has made."""
+def build(start, ranks):
+    """The module, the same one on every rank; under --fsdp each rank has its shards alone, and no rank ever had more
+    than one tensor whole."""
     s, config = start.settings, start.config
     if start.state:
-        module = model.Transformer(config)
-        module.load_state_dict(start.state["weights"])
+        value = lambda name, shape: start.state["weights"][name].clone()  # out of the file, which will be replaced
     elif start.kind == "init":
-        module = checkpoint.load(checkpoint.find(s.init))
-        for i, operator in enumerate(start.operators, 1):
-            each = shard if i == len(start.operators) else lambda block: None
-            module = operators.apply_to_module(module, operator, each)
-        module.config = config
-        for layer in module.model.layers if config.experts else ():
-            layer.mlp.capacity_factor = config.capacity_factor
+        folder = checkpoint.find(s.init)
+        read, _ = checkpoint.reader(folder, checkpoint.read_config(folder))
+        for operator in start.operators:
+            read = operators.through(operator, read, torch.float32)
+        value = lambda name, shape: checkpoint.packed(config, name, shape, read)
     else:
-        module = model.init_weights(model.Transformer(config), s.seed)
-    return module
+        value = lambda name, shape: model.initial(config, name, shape, s.seed)
+    module = checkpoint.build(config, value, shard=ranks.shard if s.fsdp else None)
+    module.recompute_blocks = s.fsdp if s.checkpoint_blocks is None else s.checkpoint_blocks
+    return module.to(ranks.device)
 
 
 def prepare(s, tokenizer, ranks):
@@ -99,7 +99,7 @@ def prepare(s, tokenizer, ranks):
     return corpora or data.prepare(s.data, tokenizer, quiet=True)
 
 
-def get_optimizer(named, s, moments, ranks, device):
+def get_optimizer(named, s, moments, ranks):
     """AdamW for the parameters `named` {name: parameter}; matrices decay. moments: of an earlier run, or {}."""
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": s.weight_decay},
@@ -109,8 +109,10 @@ def get_optimizer(named, s, moments, ranks, device):
     for name, state in moments.items():
         p = named[name]
         for k, t in state.items():
-            t = t.clone().to(device)
-            optimizer.state[p][k] = distribute_tensor(t, p.device_mesh, p.placements) if ranks.mesh and t.dim() else t
+            t = t.clone().to(ranks.device)
+            if ranks.mesh and t.dim():
+                t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.state[p][k] = t
     return optimizer
 
 
@@ -127,6 +129,11 @@ def rate(step, steps, s):
         case "wsd":
             factor = min(1, (steps - step) / max(1, s.decay_fraction * steps))
     return s.min_lr + (s.lr - s.min_lr) * factor
+
+
+def compile_blocks(module):
+    for layer in module.model.layers:
+        layer.compile()
 
 
 def eagerly(compiled):
@@ -284,7 +291,7 @@ def main(argv=None):
     ranks.say(f"{s.data} with {tokenizer.name} tokens on {ranks.world} x {device.type}, {s.dtype}")
 
     # model and horizon
-    module = build(start, ranks.shard)
+    module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
         steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world)
@@ -295,7 +302,6 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     step, mask = state["step"] if kind == "resume" else 0, None
-    module.to(device)
     if step < (s.mask_steps or 0):
         mask = grow.Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
         mask.open(step)
@@ -318,17 +324,12 @@ def main(argv=None):
     for note in notes:
         ranks.say(f"note: {note}")
 
-    # shards or replicas, then the optimizer
-    for part in (*module.model.layers, module):
-        ranks.shard(part)
-    if compiled:
-        torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
-        for layer in module.model.layers:
-            layer.compile()
+    # replicas, then the optimizer
+    torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
     parallel = module
     if ranks.world > 1 and not s.fsdp:
         parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    optimizer = get_optimizer(dict(module.named_parameters()), s, state["optimizer"] if state else {}, ranks, device)
+    optimizer = get_optimizer(dict(module.named_parameters()), s, state.pop("optimizer") if state else {}, ranks)
 
     def evaluation():
         with eagerly(compiled):
@@ -346,10 +347,14 @@ def main(argv=None):
     quiet = not ranks.first or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     module.train()
+    if compiled and not mask:
+        compile_blocks(module)
     fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: the number of a signal; load: of each expert
     last_time, last_step = time.time(), step
     while True:
         # evaluate, sample, save; a resumed step has done so already
+        if device.type == "cuda" and (step % s.eval_every == 0 or step % s.save_every == 0 or step in snapshots):
+            torch.cuda.synchronize()  # what is still in the queue is training
         pause = time.time()
         if fresh:
             if step % s.eval_every == 0 or step == steps or step in snapshots:
@@ -393,8 +398,6 @@ def main(argv=None):
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             last = micro == accumulate - 1
-            if s.fsdp:
-                module.set_requires_gradient_sync(last)
             with parallel.no_sync() if parallel is not module and not last else nullcontext():
                 with autocast:
                     _, loss, aux = parallel(x, y)
@@ -411,6 +414,8 @@ def main(argv=None):
         step += 1
         if mask:
             mask.open(step)
+            if step == s.mask_steps and compiled:  # before that each masked layer would be a graph of its own
+                compile_blocks(module)
         bar.update()
         stop = ranks.largest(signals.number)
 

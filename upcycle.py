@@ -275,12 +275,10 @@ def operator(config, experts, top_k, **options):
     return operators.Operator(r.config, formula, r.entry(), r.dtype)
 
 
-def upcycle(module, experts, top_k, each=lambda block: None, **options):
-    """A new model.Transformer made from `module`, which stays as it is. options: the other fields of Recipe.
-
-    each(block) is called with every block as soon as it is whole, see operators.apply_to_module. Raises ValueError on
-    a recipe that cannot be followed."""
-    return operators.apply_to_module(module, operator(module.config, experts, top_k, **options), each)
+def upcycle(module, experts, top_k, **options):
+    """A new model.Transformer made from `module`, which stays as it is. options: the other fields of Recipe. Raises
+    ValueError on a recipe that cannot be followed."""
+    return operators.apply_to_module(module, operator(module.config, experts, top_k, **options))
 
 
 def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=operators.SHARD_SIZE, **options):

@@ -185,21 +185,6 @@ def test_the_dense_module_stays_as_it_was_and_shares_nothing():
     assert same(dense, before)
 
 
-def test_a_block_is_handed_over_before_the_next_is_made():
-    seen = []
-    mixture = upcycle.upcycle(make(num_hidden_layers=3), 4, 2, each=seen.append)
-    assert seen == list(mixture.model.layers)
-
-    class Stop(Exception):
-        pass
-
-    def stop(block):
-        raise Stop(sum(p.numel() for p in block.parameters() if not p.is_meta))
-
-    with pytest.raises(Stop, match="[1-9]"):
-        upcycle.upcycle(make(), 4, 2, each=stop)
-
-
 # ---- a mixture as the source ----------------------------------------------------------------------------------------
 
 SOFTMAX_OVER_ALL = dict(router="softmax-topk", qk_norm=True)
