@@ -188,6 +188,8 @@ def read_config(folder):
 
 def public_config(config, dtype):
     """The Hugging Face configuration of a Config, a dict; rotary settings and dtype in the older and newer spelling."""
+    if config.experts and config.router not in ROUTER.values():
+        raise ValueError(f"no public format holds the router {config.router} (a line for it here, in public_config)")
     match bool(config.experts), config.qk_norm, config.qkv_bias:  # Config.check refuses what is not here
         case False, False, False:
             kind, name, more = "llama", "Llama", {"mlp_bias": False}

@@ -301,6 +301,7 @@ def finish(kind, s, given, config, tokenizer):
     config.capacity_factor = s.capacity_factor if config.experts else None
     config.max_position_embeddings = s.context if kind == "new" else max(config.max_position_embeddings, s.context)
     config.check()
+    checkpoint.public_config(config, torch.float32)  # a shape that no format can say is refused before it is trained
     for field in fields(config):
         if field.name in SHAPE:
             setattr(s, field.name, getattr(config, field.name))

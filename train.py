@@ -1,7 +1,7 @@
 """The trainer: one device or many, the same numbers.
 
     python train.py                                            # dense, on text this machine already has
-    python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of width F/4, 8 a token
+    python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of a quarter's width, 8 a token
     python train.py --init out/dense --data cpp:0.9,python:0.1 # continual pretraining with 10 % replay
     python train.py --init out/dense --upcycle 8x2             # upcycle in memory on every rank, then train
     python train.py --init out/dense --stack 4                 # grow in memory, then train
@@ -10,7 +10,9 @@
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
 `main` reads in the order in which things happen: settings, model, data, optimizer, and then the loop, which evaluates,
-saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py says what the flags mean together.
+saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together.
+It returns a `Start`. Its `kind` is new, init, branch or resume, and its `state` is trainer.pt: that of the resumed run, or
+of the trunk that a branch leaves, or None. A branch is all decay: its schedule is wsd without warmup.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
 take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over equal windows:
@@ -57,7 +59,7 @@ import runs
 import settings
 from ranks import Ranks, Signals
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name that the device's contains counts.
 PEAKS = {
     "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -96,7 +98,7 @@ def prepare(s, tokenizer, ranks):
             problem = str(error)
     if problem := ranks.agree(problem):
         raise ValueError(problem)
-    return corpora or data.prepare(s.data, tokenizer, quiet=True)
+    return corpora or data.prepare(s.data, tokenizer, quiet=True, context=s.context)
 
 
 def get_optimizer(named, s, moments, ranks):
@@ -137,7 +139,7 @@ def compile_blocks(module):
 
 
 def eagerly(compiled):
-    """Without compiled graphs: other shapes than those of training would make its graphs dynamic."""
+    """For evaluation and samples: their shapes would make torch compile training's graphs anew, as dynamic ones."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -166,7 +168,7 @@ class Record:
     def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token):
         self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
         self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
-        self.history = start.lineage[:-1] if going_on else start.lineage
+        self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
         self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
         self.samples = start.state["samples"] if going_on else []
         self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
@@ -222,7 +224,8 @@ class Record:
             runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
 
     def save(self, folder, step, module, optimizer, mask, finished=False):
-        """Everything at this step into `folder`; trainer.pt last: its renaming is the commit."""
+        """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume reads nothing else: a
+        save that is cut short loses nothing."""
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
         weights = {n: whole(t) for n, t in module.state_dict().items()}
         shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
@@ -302,7 +305,7 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     step, mask = state["step"] if kind == "resume" else 0, None
-    if step < (s.mask_steps or 0):
+    if step < (s.mask_steps or 0):  # the mask is that of grow.py's entry: the last before this run's own
         mask = grow.Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
         mask.open(step)
 
@@ -313,11 +316,12 @@ def main(argv=None):
             data.same_text(state["run"]["lineage"][-1], corpora)
     except ValueError as error:
         fail(error)
+    # Where the lineage stopped in the text. A resumed run and a branch know it to the window, from trainer.pt.
     order, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], []
     if kind == "resume" and (state["settings"]["micro_batch"], state.get("ranks", 1)) != (s.micro_batch, ranks.world):
-        notes = ["other ranks or another micro-batch than before: the numbers agree to rounding errors, not to the bit"]
+        notes = ["another number of ranks, or another micro-batch: the numbers agree to rounding errors, not to the bit"]
     reader = data.Reader(corpora, s.context, s.seed if order is None else order, sequence, read)
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
@@ -343,13 +347,13 @@ def main(argv=None):
 
     record, signals = Record(start, ranks, corpora, reader, sizes, flops_per_token), Signals()
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((p for kind, p in PEAKS.items() if kind in name), None)
+    peak = next((p for gpu, p in PEAKS.items() if gpu in name), None)
     quiet = not ranks.first or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     module.train()
     if compiled and not mask:
         compile_blocks(module)
-    fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: the number of a signal; load: of each expert
+    fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: a signal's number; load: tokens of each expert
     last_time, last_step = time.time(), step
     while True:
         # evaluate, sample, save; a resumed step has done so already
@@ -419,11 +423,11 @@ def main(argv=None):
         bar.update()
         stop = ranks.largest(signals.number)
 
-        # log, and look before each save whether there is something worth saving
+        # log; and before each save look whether loss and norm are numbers
         due = step % s.log_every == 0 or step in (1, steps)
         if not (due or step % s.save_every == 0 or step in snapshots or stop):
             continue
-        loss = ranks.mean(loss_sum / accumulate).item()
+        loss = ranks.mean(loss_sum / accumulate).item()  # of this step: over its micro-batches and ranks
         norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks.say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last good one: {s.out}")
