@@ -205,7 +205,7 @@ def settle(args, given, world):
     folder, config, lineage, state, operators, besides = None, None, [], None, [], []
     if kind == "resume":
         folder, state = args.out, read_trainer(args.out)
-        config, lineage = model.Config(**state["config"]), state["run"]["lineage"]
+        config, lineage, named = model.Config(**state["config"]), state["run"]["lineage"], state["run"]["tokenizer"]
     elif kind != "new":
         folder = checkpoint.find(args.init or args.branch)
         config = read_config(folder)
@@ -228,8 +228,8 @@ def settle(args, given, world):
     if kind != "new":
         before = stored.get("tokenizer") or ""  # ids without text: the tokenizer in the folder is there for others
         tokenizer = load_tokenizer(given.get("tokenizer") or (before if before.startswith("ids:") else str(folder)))
-    if kind in ("init", "branch"):
         tokenizer.name = given.get("tokenizer") or named or tokenizer.name
+    if kind in ("init", "branch"):
         besides = checkpoint.besides(folder, tokenizer="tokenizer" not in given or not tokenizer.files)
     if kind != "resume":
         finish(kind, s, given, config, tokenizer)
