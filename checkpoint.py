@@ -100,14 +100,16 @@ def find(name):
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 KINDS = {  # model_type: keys that a configuration may leave out, and what its public class takes then
-    "llama": dict(max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=None),
+    "llama": dict(max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=None,
+                  bos_token_id=1, eos_token_id=2),
     "mistral": dict(max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=8,
-                    sliding_window=4096),
+                    sliding_window=4096, bos_token_id=1, eos_token_id=2),
     "qwen2": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32),
     "qwen3": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32,
                   head_dim=128),
     "mixtral": dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8,
-                    num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001),
+                    num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001, bos_token_id=1,
+                    eos_token_id=2),
     "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
                       num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }  # fmt: skip
@@ -422,13 +424,15 @@ def save(module, folder, tokenizer=None, state=None, step=None):
         save_file(tensors, beside, metadata={"format": "pt"} | ({} if step is None else {"step": str(step)}))
 
 
-BESIDES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
-           "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+BESIDES = ("generation_config.json", "LICENSE*", "NOTICE*")
+OF_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 
-def besides(folder):
-    """What lies beside the weights in a folder and goes along with them: tokenizer, chat template, licence."""
-    return sorted({p for pattern in BESIDES for p in Path(folder).glob(pattern) if p.is_file()})
+def besides(folder, tokenizer=True):
+    """What lies beside the weights in a folder and goes along with them: licence and generation settings; tokenizer and
+    chat template, unless another tokenizer is to take their place."""
+    patterns = (*BESIDES, *OF_TOKENIZER) if tokenizer else BESIDES
+    return sorted({p for pattern in patterns for p in Path(folder).glob(pattern) if p.is_file()})
 
 
 # ---- lineage --------------------------------------------------------------------------------------------------------

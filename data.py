@@ -47,6 +47,7 @@ from tqdm import tqdm
 import sources
 import tokenizer
 from sources import describe, is_ready, parse_spec, read_documents
+from tables import print_anything
 from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash
 
 VALIDATION = 0.05  # of the bytes
@@ -285,9 +286,11 @@ class Reader:
 def same_text(step, corpora):
     """Raises ValueError if a corpus is not the text that this step of a lineage has read."""
     for corpus in corpora:
-        past = step["data"].get(corpus.name, corpus.about)
-        if past["sha256"] != corpus.about["sha256"]:
-            change = f"it was {past['source']}, it is {corpus.about['source']}, with other bytes"
+        about, past = corpus.about, step["data"].get(corpus.name, {})
+        if past.get("sha256", about["sha256"]) != about["sha256"]:
+            change = f"it was {past['source']}, it is {about['source']}"
+            if past["source"] == about["source"]:
+                change = f"{about['source']} has other bytes"
             right = "the old text, or --init to go on with the new one"
             raise ValueError(f"the text of {corpus.name} has changed: {change} ({right})")
 
@@ -375,6 +378,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="of the same table (default: bytes)")
     parser.add_argument("--context", type=float, default=256, metavar="T", help="tokens a window (default: 256)")
     parser.add_argument("--cache", default="data", metavar="FOLDER", help="where tokens are kept (default: data)")
+    print_anything()
     args = parser.parse_args(argv)
     try:
         whole = args.context >= 1 and args.context % 1 == 0

@@ -53,6 +53,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import cpu
 import moe
+from tables import print_anything
 
 
 @dataclass
@@ -391,6 +392,10 @@ def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, u
 
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistyped flag with the nearest one that it knows. All command lines but laws' use it."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        print_anything()
 
     def error(self, message):
         flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []

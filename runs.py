@@ -36,14 +36,14 @@ def open_table(path, columns, step):
     """Makes a CSV with these columns, or cuts one back to the rows up to `step`: a resumed run writes them again."""
     rows = []
     if path.exists():
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-    with replacing(path) as beside, open(beside, "w", newline="") as file:
+    with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
 
 def add_row(path, columns, row):
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow([row[c] for c in columns])
 
 
@@ -81,7 +81,7 @@ def plot(out, rulers):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with open(out / "eval.csv", newline="") as file:
+    with open(out / "eval.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     tokens = [float(r["tokens"]) for r in rows]
@@ -93,7 +93,7 @@ def plot(out, rulers):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
             axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out).encode(errors="replace").decode()))
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)

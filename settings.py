@@ -69,6 +69,7 @@ class Start(NamedTuple):
     lineage: list  # the steps before this run; of a resumed run its own is the last
     state: dict | None  # trainer.pt of the resumed run, or of the trunk
     operators: list  # applied to the checkpoint of --init, one after the other
+    besides: list  # files of the parent that go along: chat template, generation settings, licence
 
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
@@ -204,10 +205,10 @@ def settle(args, given, world):
     """Flags and the folders they name -> Start. world: number of ranks. Raises ValueError or FileNotFoundError."""
     kind = next((k for k in ("resume", "branch", "init") if getattr(args, k)), "new")
     check_flags(kind, args, given)
-    folder, config, lineage, state, operators = None, None, [], None, []
+    folder, config, lineage, state, operators, besides = None, None, [], None, [], []
     if kind == "resume":
         folder, state = args.out, read_trainer(args.out)
-        config, lineage = model.Config(**state["config"]), state["run"]["lineage"]
+        config, lineage, named = model.Config(**state["config"]), state["run"]["lineage"], state["run"]["tokenizer"]
     elif kind != "new":
         folder = checkpoint.find(args.init or args.branch)
         config = read_config(folder)
@@ -228,13 +229,17 @@ def settle(args, given, world):
             if state["step"] < (stored.get("mask_steps") or 0):
                 raise ValueError(f"--branch {folder}: its mask is not open yet (a later snapshot)")
     if kind != "new":
-        tokenizer = load_tokenizer(given.get("tokenizer") or str(folder))
-    if kind in ("init", "branch"):
+        before = stored.get("tokenizer") or ""  # ids without text: the tokenizer in the folder is there for others
+        tokenizer = load_tokenizer(given.get("tokenizer") or (before if before.startswith("ids:") else str(folder)))
         tokenizer.name = given.get("tokenizer") or named or tokenizer.name
+    if kind in ("init", "branch"):
+        besides = checkpoint.besides(folder, tokenizer="tokenizer" not in given or not tokenizer.files)
     if kind != "resume":
         finish(kind, s, given, config, tokenizer)
+    if s.fsdp and (state["step"] if kind == "resume" else 0) < (s.mask_steps or 0):
+        raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
     check_batch(s, world, fit="micro_batch" not in given)
-    return Start(kind, s, config, tokenizer, lineage, state, operators)
+    return Start(kind, s, config, tokenizer, lineage, state, operators, besides)
 
 
 def inherit(kind, args, given, stored):
@@ -321,9 +326,14 @@ def finish(kind, s, given, config, tokenizer):
 
 def check_flags(kind, args, given):
     """What can be said without opening a folder."""
+    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "eval_tokens", "save_every"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"{flag(name)} is 0 (at least 1)")
     if kind == "resume":
         if not args.out:
             raise ValueError("--resume needs --out (the folder of the run)")
+        if args.overwrite:
+            raise ValueError("--overwrite would delete the run that --resume goes on with (one of them)")
         return
     if args.init and args.branch:
         raise ValueError("--init and --branch cannot go together (one parent)")
@@ -344,11 +354,6 @@ def check_flags(kind, args, given):
             raise ValueError(f"{flag(name)} is about the checkpoint of --init (add --init)")
     if not 0 < args.decay_fraction <= 1:
         raise ValueError(f"--decay-fraction is {args.decay_fraction} (above 0 and at most 1)")
-    if args.fsdp and args.mask_steps:
-        raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
-    for name in ("batch_tokens", "micro_batch", "context", "log_every", "eval_every", "eval_tokens", "save_every"):
-        if getattr(args, name) == 0:
-            raise ValueError(f"{flag(name)} is 0 (at least 1)")
 
 
 def check_batch(s, world, fit):
@@ -356,15 +361,26 @@ def check_batch(s, world, fit):
     made to: a resumed run has that of another number of ranks."""
     if s.batch_tokens % s.context:
         raise ValueError(f"--batch-tokens {s.batch_tokens} is not a multiple of the context {s.context}")
-    windows = s.batch_tokens // s.context
+    windows, share = s.batch_tokens // s.context, s.batch_tokens // s.context // world  # of a step, of a rank in it
     if s.fsdp and world == 1:
         raise ValueError("--fsdp shards over ranks, and there is one (start with torchrun --nproc-per-node N)")
     if windows % world:
         raise ValueError(f"{windows} windows a step cannot be shared by {world} ranks (a divisor of {windows})")
     if s.micro_batch and fit:
-        s.micro_batch = math.gcd(s.micro_batch, windows // world)
-    if s.micro_batch and windows // world % s.micro_batch:
-        raise ValueError(f"--micro-batch {s.micro_batch} does not divide the {windows // world} windows of a rank")
+        s.micro_batch = max(m for m in range(1, s.micro_batch + 1) if share % m == 0)
+    if s.micro_batch and share % s.micro_batch:
+        right = f"a divisor of {share}"
+        raise ValueError(f"--micro-batch {s.micro_batch} does not divide the {share} windows of a rank ({right})")
+
+
+def told_apart(state, s, config, world):
+    """[a note] if a run, or the trunk of a branch, goes on with other ranks or another micro-batch; else []."""
+    same_micro, same_ranks = state["settings"].get("micro_batch") == s.micro_batch, state.get("ranks", 1) == world
+    if config.experts and not same_micro:
+        return ["another micro-batch than before: the balancing loss is counted a micro-batch at a time, and changes"]
+    if same_micro and same_ranks:
+        return []
+    return ["other ranks or another micro-batch than before: the numbers agree to rounding errors, not to the bit"]
 
 
 # ---- what depends on the device -------------------------------------------------------------------------------------

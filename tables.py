@@ -88,6 +88,12 @@ def show(rows):
         print("  ".join(cells).rstrip())
 
 
+def print_anything():
+    """What the terminal's encoding cannot say is printed as "?": no work that is done ends in a traceback over it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with commands. The help opens with the lines of a file's docstring that begin with `python`."""
 
@@ -97,6 +103,7 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
         self.places = self.add_subparsers(dest="command", required=True, metavar="command",
                                           parser_class=argparse.ArgumentParser)
+        print_anything()
 
     def error(self, message):
         """Answers a mistyped flag with the nearest one."""

@@ -10,8 +10,8 @@
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
 `main` reads in the order in which things happen: settings, model, data, optimizer, and then the loop, which evaluates,
-saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together.
-It returns a `Start`. Its `kind` is new, init, branch or resume, and its `state` is trainer.pt: that of the resumed run, or
+saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together
+and returns a `Start`. Its `kind` is new, init, branch or resume. Its `state` is trainer.pt: that of the resumed run, or
 of the trunk that a branch leaves, or None. A branch is all decay: its schedule is wsd without warmup.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
@@ -193,9 +193,8 @@ class Record:
         if folder.exists():  # --overwrite, or it would have been refused
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        if self.start.kind in ("init", "branch"):  # chat template, generation settings, licence
-            for path in checkpoint.besides(checkpoint.find(self.settings.init or self.settings.branch)):
-                shutil.copyfile(path, folder / path.name)
+        for path in self.start.besides:
+            shutil.copyfile(path, folder / path.name)
         return folder
 
     def write_samples(self):
@@ -255,8 +254,9 @@ class Record:
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name in ("log.csv", "eval.csv", "samples.txt"):
-                shutil.copy(self.folder / name, partial / name)
+            tables = (self.folder / name for name in ("log.csv", "eval.csv", "samples.txt"))
+            for path in (*tables, *checkpoint.besides(self.folder)):
+                shutil.copyfile(path, partial / path.name)
         self.save(partial, step, *what)
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
@@ -280,7 +280,7 @@ def main(argv=None):
         start = settings.settle(args, given, ranks.world)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
-    kind, s, config, tokenizer, lineage, state, _ = start
+    kind, s, config, tokenizer, lineage, state, *_ = start
     if kind == "resume" and state["finished"]:
         ranks.say(f"{s.out} is finished: {state['step']} steps (more: python train.py --init {s.out} --tokens ...)")
         return 0
@@ -319,9 +319,7 @@ def main(argv=None):
     # Where the lineage stopped in the text. A resumed run and a branch know it to the window, from trainer.pt.
     order, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
     if state:
-        sequence, read, notes = state["sequence"], state["read"], []
-    if kind == "resume" and (state["settings"]["micro_batch"], state.get("ranks", 1)) != (s.micro_batch, ranks.world):
-        notes = ["another number of ranks, or another micro-batch: the numbers agree to rounding errors, not to the bit"]
+        sequence, read, notes = state["sequence"], state["read"], settings.told_apart(state, s, config, ranks.world)
     reader = data.Reader(corpora, s.context, s.seed if order is None else order, sequence, read)
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())

@@ -216,8 +216,16 @@ def test_a_key_that_a_configuration_leaves_out_has_the_value_of_its_public_class
     window = dict(sliding_window=None) if kind == "mistral" else {}
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": kind, **sizes, **experts, **window}))
     ours = checkpoint.read_config(tmp_path)
-    for key in ("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
-        assert getattr(ours, key) == getattr(theirs, key)
+    same = "max_position_embeddings rms_norm_eps num_key_value_heads tie_word_embeddings bos_token_id eos_token_id"
+    for key in same.split():
+        assert getattr(ours, key) == getattr(theirs, key), key
+    # keys of which one value is computed: a class that has the key has that value, so leaving it out says nothing else
+    for key, computed in dict(hidden_act="silu", attention_bias=False, mlp_bias=False, decoder_sparse_step=1,
+                              mlp_only_layers=[], use_sliding_window=False, partial_rotary_factor=1,
+                              quantization_config=None, shared_expert_intermediate_size=0).items():  # fmt: skip
+        assert getattr(theirs, key, computed) == computed, key
+    assert ours.rope_scaling is None and theirs.rope_parameters["rope_type"] == "default"
+    assert {*(getattr(theirs, "layer_types", None) or ())} <= {"full_attention"}
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.head_dim == (theirs.head_dim if kind == "qwen3" else 256 // 32)
     if ours.experts:
@@ -230,13 +238,32 @@ def test_a_key_that_a_configuration_leaves_out_has_the_value_of_its_public_class
             checkpoint.read_config(tmp_path)
 
 
-def test_a_tied_configuration_beside_another_head_is_refused_by_name_and_beside_the_same_one_loads(tmp_path):
-    checkpoint.save(make("llama, tied"), tmp_path)
-    tensors(tmp_path, lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))
+@pytest.mark.parametrize("kind", ["llama, tied", "mixtral"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_tied_configuration_beside_another_head_is_refused_and_beside_the_same_one_loads(kind, sharded, tmp_path):
+    checkpoint.save(make(kind, tie_word_embeddings=True), tmp_path)
+    files = {"model.safetensors": load_file(tmp_path / "model.safetensors")}
+    if sharded:  # the head in a file of its own
+        (tmp_path / "model.safetensors").unlink()
+        files = {"a.safetensors": files["model.safetensors"], "b.safetensors": {}}
+    *_, (last, state) = files.items()
+    head, embedding = "lm_head.weight", next(iter(files.values()))["model.embed_tokens.weight"]
+
+    def write(weight):
+        state[head] = weight
+        for file, tensors in files.items():
+            save_file(tensors, tmp_path / file, {"format": "pt"})
+        where = {name: file for file, tensors in files.items() for name in tensors}
+        if sharded:
+            checkpoint.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": where})
+
+    write(embedding.clone())
     checkpoint.load(tmp_path)
-    tensors(tmp_path, lambda s: s["lm_head.weight"].add_(1))
-    with pytest.raises(ValueError, match="lm_head.weight is not its embedding"):
+    write(embedding + 1)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not its embedding.*\(tie_word_embeddings false"):
         checkpoint.load(tmp_path)
+    edit(tmp_path, tie_word_embeddings=False)
+    assert torch.equal(checkpoint.load(tmp_path).lm_head.weight, embedding + 1)  # the way out
 
 
 def test_a_folder_of_two_steps_is_refused_whoever_loads_it(tmp_path):

@@ -564,3 +564,216 @@ def test_numbers_are_read_as_people_write_them():
 
 def test_every_flag_has_a_help_line():
     assert all(action.help for action in settings.get_parser()._actions)
+
+
+# ---- changed text ---------------------------------------------------------------------------------------------------
+
+
+def ready(folder, tokens):
+    """A folder of ready tokens of the kind `bytes`."""
+    Path(folder).mkdir(exist_ok=True)
+    meta = {"dtype": "uint16", "vocab_size": 256, "bytes_per_token": 1}
+    Path(folder, "meta.json").write_text(json.dumps(meta))
+    for name, part in (("train.bin", tokens[:-500]), ("val.bin", tokens[-500:])):
+        Path(folder, name).write_bytes(np.array(part, "<u2").tobytes())
+
+
+def test_text_that_has_changed_is_not_gone_on_with_but_by_init_which_says_so(here, texts, capsys):
+    text = (texts / "b.txt").read_bytes()[:12000]
+    Path("mine.txt").write_bytes(text)
+    Path("seen.txt").write_bytes(text)
+    ready("tokens", list(text))
+    spec = "mine.txt:0.5,tokens:0.5,seen.txt:0"
+    run(texts, "--data", spec, "--tokens", 256 * 6, "--save-at", 256 * 3, "--out", "trunk")
+    run(texts, "--resume", "--out", "trunk/step-3", "--micro-batch", 8)
+    capsys.readouterr()
+
+    def refused(name, *words):
+        before = {p: p.stat().st_mtime_ns for p in Path("trunk").rglob("*")}
+        for flags in (["--resume", "--out", "trunk/half"], ["--branch", "trunk/half", "--tokens", "256"]):
+            with pytest.raises(SystemExit) as left:
+                train.main(flags)
+            line = capsys.readouterr().err.strip().split("\n")[-1]
+            assert left.value.code == 2 and line.startswith(f"train.py: error: the text of {name} has changed: ")
+            assert "(the old text, or --init to go on with the new one)" in line
+            assert all(word in line for word in words)
+        assert before == {p: p.stat().st_mtime_ns for p in Path("trunk").rglob("*")} and not Path("out").exists()
+
+    state = checkpoint.read_trainer("trunk/step-3")
+    shutil.copytree("trunk/step-3", "trunk/half")
+    state["finished"], state["settings"]["tokens"] = False, 256 * 9
+    torch.save({**state, "weights": {k: v.clone() for k, v in state["weights"].items()}}, "trunk/half/trainer.new")
+    os.replace("trunk/half/trainer.new", "trunk/half/trainer.pt")
+    Path("mine.txt").write_bytes(text.replace(b"e", b"a", 1))  # one letter, of the same length
+    refused("mine", str(here / "mine.txt"))
+    Path("mine.txt").write_bytes(text)
+    ready("tokens", [*text[::-1]])
+    refused("tokens", str(here / "tokens"))
+    ready("tokens", list(text))
+    Path("seen.txt").write_bytes(text + b"more")  # of weight 0: its losses would not compare
+    refused("seen", str(here / "seen.txt"))
+    run(texts, "--init", "trunk/half", "--tokens", 256, "--batch-tokens", 256, "--out", "child")
+    assert "note: the text of seen has changed: it is read from the beginning" in capsys.readouterr().out
+    Path("seen.txt").write_bytes(text)
+    run(texts, "--resume", "--out", "trunk/half")
+    assert "has changed" not in capsys.readouterr().out
+
+
+def test_the_default_corpus_of_another_python_names_both_versions():
+    about = {"source": "python 3.99.1", "sha256": "new"}
+    corpus = data.Corpus("python", 1.0, np.zeros(9), np.zeros(9), 1.0, 256, about)
+    past = {"data": {"python": {"weight": 1.0, "tokens": 9, "source": "python 3.11.2", "sha256": "old"}}}
+    with pytest.raises(ValueError, match="the text of python has changed: it was python 3.11.2, it is python 3.99.1"):
+        data.same_text(past, [corpus])
+    data.same_text({"data": {"python": {"weight": 1.0, "tokens": 9}}}, [corpus])  # an older folder may have no hash
+
+
+# ---- other ranks, other micro-batches -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [[], [*MOE, "--micro-batch", 2]], ids=["dense", "mixture"])
+def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, texts, extra, capsys):
+    flags = [*extra, "--tokens", 256 * 20, "--log-every", 1, "--save-at", f"{256 * 5},{256 * 10},{256 * 15}"]
+    run(texts, *flags, "--out", "calm")
+
+    def goes_on(source, out, *more, torchrun=0):
+        """Resumes a copy of the snapshot; returns what is said about it."""
+        shutil.copytree(source, out)
+        flags = ["--resume", "--out", out, *more]
+        if torchrun:
+            done = subprocess.run(command(texts, *flags, torchrun=torchrun), **CAPTURE)
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done.stdout
+        capsys.readouterr()
+        run(texts, *flags)
+        return capsys.readouterr().out
+
+    def losses(out, *columns):
+        rows, (*_, last) = table(f"{out}/log.csv"), table(f"{out}/eval.csv")
+        assert len(rows) == 20
+        return np.array([float(row[c]) for row in rows for c in columns] + [float(last["a_loss"])])
+
+    same = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
+    assert "note: other ranks" in goes_on("calm/step-5", "two", torchrun=2)
+    assert "note: other ranks" in goes_on("two/step-10", "one")
+    outs = ["two", "one"]
+    said = goes_on("calm/step-5", "small", "--micro-batch", 1)
+    if extra:
+        assert "note: another micro-batch than before: the balancing loss" in said
+    else:
+        assert "note: other ranks or another micro-batch" in said
+        assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", torchrun=2)
+        outs += ["shards", "small"]
+    for out in outs:
+        assert np.abs(losses(out, *same) - losses("calm", *same)).max() < 1e-4, out
+    micro = {out: checkpoint.read_trainer(out)["settings"]["micro_batch"] for out in ("calm", "two", "one", "small")}
+    assert micro == (dict(calm=2, two=2, one=2, small=1) if extra else dict(calm=8, two=4, one=4, small=1))
+
+
+# ---- what lies beside the weights -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def public(here, texts):
+    """A public folder with all that a publisher puts beside the weights, and the same text as ready tokens."""
+    import tokenizers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train([str(texts / "a.txt")], vocab_size=300, special_tokens=["<|endoftext|>"])
+    config = model.Config(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8,
+                          max_position_embeddings=32, eos_token_id=0)  # fmt: skip
+    checkpoint.save(model.init_weights(model.Transformer(config), 1), Path("public"))
+    bpe.save("public/tokenizer.json")
+    bpe.save_model("public")  # vocab.json and merges.txt
+    chat = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    for name, content in {
+        "tokenizer_config.json": json.dumps(chat), "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+        "added_tokens.json": "{}", "tokenizer.model": "a SentencePiece model", "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": json.dumps({"temperature": 0.7, "do_sample": True, "eos_token_id": 0}),
+        "LICENSE": "as you like", "NOTICE.txt": "by nobody",
+    }.items():  # fmt: skip
+        Path("public", name).write_text(content)
+    ids = bpe.encode((texts / "a.txt").read_text()).ids
+    ready("ids", ids)
+    checkpoint.write_json("ids/meta.json", {"dtype": "uint16", "vocab_size": 300, "bytes_per_token": 2.0})
+    return {p.name: p.read_bytes() for p in Path("public").iterdir() if p.suffix != ".safetensors"}
+
+
+CHILD = ["--context", 32, "--batch-tokens", 256, "--dtype", "float32", "--tokens", 256 * 4, "--save-at", 256 * 2]
+
+
+def assert_all_there(folder, public):
+    for name in public.keys() - {"config.json"}:
+        assert Path(folder, name).read_bytes() == public[name], (folder, name)
+
+
+@pytest.mark.parametrize("own", [[], ["--tokenizer", "ids:300"]], ids=["the folder's tokenizer", "ids without text"])
+def test_ready_tokens_lose_no_file_over_init_branch_and_resume(here, texts, own, public, transformers):
+    if own:  # as Llama 2 was first published: with a tokenizer that is not read here
+        public.pop("tokenizer.json"), Path("public/tokenizer.json").unlink()
+    run(texts, "--init", "public", *own, "--data", "ids", *CHILD, "--out", "child")
+    run(texts, "--branch", "child/step-2", "--tokens", 256, "--out", "branch")
+    run(texts, "--init", "child", *CHILD[:-2], "--stack", 2, "--out", "grandchild")
+    shutil.copytree("child/step-2", "resumed")
+    run(texts, "--resume", "--out", "resumed")
+    assert_same_run("child", "resumed")
+    for folder in ("child", "child/step-2", "branch", "grandchild", "resumed"):
+        assert_all_there(folder, public)
+        assert checkpoint.read_json(f"{folder}/run.json")["tokenizer"] == (own[1] if own else "public")
+    config = transformers.GenerationConfig.from_pretrained("grandchild")
+    assert (config.temperature, config.eos_token_id) == (0.7, 0)
+    assert transformers.AutoModelForCausalLM.from_pretrained("grandchild").config.num_hidden_layers == 2
+    if not own:
+        tokenizer, ids = transformers.AutoTokenizer.from_pretrained("grandchild"), np.fromfile("ids/train.bin", "<u2")
+        assert tokenizer.chat_template == "{{ messages }}" and tokenizer.eos_token == "<|endoftext|>"
+        assert tokenizer((texts / "a.txt").read_text()[:400])["input_ids"][:90] == ids[:90].tolist()
+
+
+def test_a_tokenizer_that_is_given_takes_the_place_of_all_files_of_the_parents(here, texts, public, transformers):
+    run(texts, "--init", "public", "--tokenizer", "bytes", "--data", texts / "a.txt", *CHILD, "--out", "child")
+    bytes_alone = load_tokenizer("bytes").files
+    for folder in ("child", "child/step-2"):
+        files = {p.name for p in Path(folder).iterdir() if p.is_file()}
+        assert {*bytes_alone, "LICENSE", "NOTICE.txt", "generation_config.json"} <= files
+        assert not files & (public.keys() - bytes_alone.keys() - {"LICENSE", "NOTICE.txt", "generation_config.json",
+                                                                  "config.json"})  # fmt: skip
+        assert transformers.AutoTokenizer.from_pretrained(folder)("naïve")["input_ids"] == [*"naïve".encode()]
+    assert load_tokenizer("child").key == "bytes"
+
+
+def test_a_chat_template_that_is_edited_between_is_kept_by_a_resume(here, texts, public):
+    run(texts, "--init", "public", "--data", texts / "a.txt", *CHILD, "--out", "child")
+    Path("child/step-2/chat_template.jinja").write_text("newer")
+    Path("public/chat_template.jinja").write_text("newer still, but not this run's")
+    run(texts, "--resume", "--out", "child/step-2")
+    assert Path("child/step-2/chat_template.jinja").read_text() == "newer"
+
+
+# ---- terminals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_cannot_print_a_text_or_a_name_ends_no_command(here, texts):
+    Path("wörter.txt").write_text("naïve Ωμέγα 日本 ∃ \U0001f600\n" * 600, encoding="utf-8")
+    folder, name = r"o_$\x$ é", "日本"
+    commands = {
+        "data.py": [f"{name}=wörter.txt"],
+        "train.py": [*TINY, "--data", f"{name}=wörter.txt", "--tokens", "1024", "--out", folder],
+        "model.py": [folder, "--prompt", "naïve Ω", "--tokens", "9"],
+        "runs.py": ["table", folder],
+    }
+    for i, (script, arguments) in enumerate(commands.items()):
+        env = ENV | {"PYTHONIOENCODING": ("ascii", "cp1252")[i % 2]}
+        done = subprocess.run([sys.executable, ROOT / script, *arguments], env=env, capture_output=True)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, (script, done.stderr[-2000:])
+        assert b"?" in done.stdout
+    assert Path(folder, "loss.png").stat().st_size > 5000
+    assert f"{name}_loss" in table(Path(folder, "eval.csv"))[0]
+    assert "naïve" in Path(folder, "samples.txt").read_text(encoding="utf-8")
+
+
+def test_tables_of_a_run_are_utf_8_whatever_the_locale(here):
+    write = "import runs, pathlib; p = pathlib.Path('t.csv'); c = [chr(26085) + '_loss']; "
+    write += "runs.open_table(p, c, -1); runs.add_row(p, c, {c[0]: 1}); runs.open_table(p, c, 5)"
+    env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", write], env=env, check=True)
+    assert Path("t.csv").read_text(encoding="utf-8").split() == ["日_loss", "1"]
