@@ -61,7 +61,8 @@ def test_the_table_names_every_flag_once_but_for_the_two_that_are_no_settings():
 
 
 SWITCHES = ("qk_norm", "tie_word_embeddings", "compile", "checkpoint_blocks", "fsdp")
-VALUES = {**dict.fromkeys(SWITCHES), "tokens": "5e5", "save_at": "1e5", "router": "softmax-topk", "schedule": "constant", "dtype": "bfloat16"}  # fmt: skip
+VALUES = {**dict.fromkeys(SWITCHES), "tokens": "5e5", "save_at": "1e5", "router": "softmax-topk",
+          "schedule": "constant", "dtype": "bfloat16"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
