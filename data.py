@@ -4,11 +4,12 @@ A corpus is a list of documents (sources.py). Each one is encoded (tokenizer.py)
 A twentieth of the text is kept for validation. Both parts are cached as raw token files and read through memory maps.
 
 A training window is T + 1 neighbouring tokens: T inputs, and T targets one token further on. The order of the windows
-depends on the seed and on the position alone. So a resumed run, eight processes in place of one, and a child of the run
-all read the same list.
+depends on the seed and on the position alone. So a resumed run, eight processes in place of one, and a child, which
+starts from another run's checkpoint, all read the same list. A lineage is the list of the runs before a child; each of
+them is a step.
 
-Validation takes whole units of a source, chosen by a hash of their names. Where every unit is too large, it is the last
-twentieth of the text. Bits per byte compare tokenizers. For them the end of a document counts as one byte.
+Validation takes whole units of a source, chosen by a hash of their names. If those that fit make less than half of a
+twentieth, it is the last twentieth of the text. Bits per byte compare tokenizers.
 
 Left out on purpose: a mask between the documents of one window (the end-of-text token must do; a mask would be made in
 `Reader.load`, which sees those tokens), corpora larger than memory (write train.bin and val.bin yourself), and the
@@ -16,11 +17,11 @@ removal of near-copies (only exact copies go).
 
 Try:
 1. `python data.py python`: 3-gram counts need 2.58 bits a byte. Let n run up to 7 in `ngram_losses`. (1.95 at n = 5,
-   then it rises: most longer histories of the validation text were never seen in training.)
+   2.01 at n = 7: most longer histories of the validation text were never seen in training.)
 2. In `sources.list_files`, make every C++ header a unit of its own, "/".join(parts). What do 3-grams now lose on `cpp`?
-   (1.88 nats in place of 2.39: generated headers are near-copies, and those in training give away the others.)
-3. Let `mix` draw u from np.random.default_rng(seed), half and half, and follow the lead of one corpus over 10,000
-   windows. (Up to 36 windows, as of a fair coin; with the golden ratio never more than 2.)
+   (2.71 bits a byte in place of 3.46: generated headers are near-copies, and those in training give away the others.)
+3. Let `mix` draw u from np.random.default_rng(seed), half and half, and call it once for 10,000 windows. How far does
+   the number of windows of one corpus get from half of those drawn? (Seed 1: 71; with the golden ratio 2.)
 """
 
 import argparse
@@ -68,7 +69,7 @@ class Corpus:
     weight: float  # share of the training windows; 0: only evaluated
     train: np.ndarray  # (tokens,) uint16 or uint32, a memory map
     val: np.ndarray  # (tokens,)
-    bytes_per_token: float  # of val: bits a byte = nats a token / ln 2 / bytes_per_token
+    bytes_per_token: float  # of val, the end of a document counted as one byte
     vocab_size: int
     about: dict  # for run.json: source with versions, sha256, files, documents, skipped, bytes
 
@@ -81,7 +82,7 @@ class Corpus:
 def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
     """A specification and a `Tokenizer` -> [`Corpus`], from the cache, or made and put there.
 
-    What `parse_spec` raises; ValueError too for text that is not UTF-8, tokens that do not fit the tokenizer, and a
+    Raises as `parse_spec` does, and ValueError for text that is not UTF-8, tokens that do not fit the tokenizer, and a
     training or validation part with less than one window of `context` tokens. Then nothing stays behind."""
     plans, corpora, new = [], [], not Path(cache).exists()
     for name, source, weight, files in parse_spec(spec):  # all sources are read before anything is written
@@ -98,15 +99,15 @@ def prepare(spec, tokenizer, cache="data", quiet=False, context=1):
     partial = Path(cache, f"{MARK}{platform.node()}-{os.getpid()}")
     try:  # folders are filled in `partial`, then renamed: killed at any instant, or raced by another, nothing is wrong
         for name, source, weight, folder, found in plans:
+            at = folder if found is None else partial / folder.name
             if found is not None:
-                folder = partial / folder.name
-                folder.mkdir(parents=True)
+                at.mkdir(parents=True)
                 meta, documents = found
                 if documents:
-                    meta |= write_documents(folder, documents, tokenizer, quiet)
-                (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-            meta = json.loads((folder / "meta.json").read_text())
-            home = source if is_ready(source) else folder
+                    meta |= write_documents(at, documents, tokenizer, quiet)
+                (at / "meta.json").write_text(json.dumps(meta, indent=1))
+            meta = json.loads((at / "meta.json").read_text())
+            home = source if is_ready(source) else at  # its maps stay open over the renaming below
             train, val = (np.memmap(Path(home, f), np.dtype(meta["dtype"]), "r") for f in ("train.bin", "val.bin"))
             count_windows(len(train), context, f"the training part of {source}")
             count_windows(len(val), context, f"the validation part of {source}")
@@ -176,7 +177,8 @@ def split_documents(documents):
         text = train.pop()
         left -= len(text)
         if left < 0:  # only its end: from the start of a line if one is near, and never from inside a character
-            at = text.rfind(b"\n", max(0, -left - 1000), -left) + 1 or -left
+            keep = -left  # bytes that go back to training
+            at = text.rfind(b"\n", max(0, keep - 1000), keep) + 1 or keep
             while text[at] & 0xC0 == 0x80:
                 at -= 1
             train.append(text[:at])
@@ -299,8 +301,8 @@ def position(lineage, corpora, context, tokenizer):
     """Where a child reads on: the lineage in run.json -> (seed, sequence, read, notes).
 
     `seed` is that of the first step that read text (None: there is none): it decides the order. `sequence` and `read`
-    are those of `Reader`, counted from the last step backwards while context and tokenizer are those of the steps'
-    settings (best `Tokenizer.key`: names change with folders), as others cut other windows. `notes`: what does not."""
+    are those of `Reader`, summed from the last step back to the first with another context or tokenizer, which cuts
+    other windows. `tokenizer` is a `Tokenizer.key`. `notes`: what is not carried on, and why."""
     steps = [step for step in lineage if "data" in step]
     sequence, read, notes, changed = 0, Counter(), [], set()
     now = {"context": context, "tokenizer": tokenizer}
@@ -314,7 +316,8 @@ def position(lineage, corpora, context, tokenizer):
             past = step["data"].get(corpus.name, {"tokens": 0})
             if past.get("sha256", corpus.about["sha256"]) != corpus.about["sha256"] and corpus.name not in changed:
                 changed.add(corpus.name)
-                notes.append(f"the text of {corpus.name} has changed: it is read from the beginning")
+                if not read[corpus.name]:
+                    notes.append(f"the text of {corpus.name} has changed: it is read from the beginning")
             if corpus.name not in changed:
                 read[corpus.name] += past["tokens"] // context
     return steps[0]["seed"] if steps else None, sequence, dict(read), notes
@@ -343,7 +346,7 @@ def ngram_losses(corpus, context, most=EVAL_TOKENS):
         asked = pack(rows[:, 1:] if n == 1 else rows, n, V)  # the n-grams that end in a target
         c_hw = look_up(grams, counts, asked)
         c_h, types_h = (look_up(histories, x, asked // np.uint64(V)) for x in (totals, types))
-        known = p[:, context - asked.shape[1] :]  # a view of p: targets with a history long enough
+        known = p[:, context - asked.shape[1] :]  # a view of p: targets with n-1 tokens before
         known[:] = np.where(c_h > 0, (c_hw + types_h * known) / np.maximum(c_h + types_h, 1), known)
         losses.append(float(-np.log(p).mean()))
     return losses

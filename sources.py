@@ -10,7 +10,7 @@
                    a folder of ready tokens: train.bin, val.bin (raw, little-endian) and meta.json,
                               {"dtype": "uint16" or "uint32", "vocab_size": ..., "bytes_per_token": ...}
 
-The four sources with a name need no download: every machine that runs this project has them. They follow its versions,
+The sources with a name need no download: every machine that runs this project has them. They follow its versions,
 which `describe` writes down for run.json.
 
 A file has a unit besides its path. A unit is what goes to training or to validation as a whole: a top-level module or
@@ -38,7 +38,7 @@ from tokenizer import need, plain_errors, refuse, stable_hash, suggest
 
 # those of requirements.txt that the corpora were first measured on: another list would be another text
 PACKAGES = ("torch", "tiktoken", "numpy", "scipy", "tqdm", "pytest", "_pytest", "safetensors", "matplotlib")
-BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PACKAGES}  # {source: what it is made of}
+BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PACKAGES}  # made of
 TESTS = {"test", "tests", "testing"}
 NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 JSON_LINES = (".jsonl", ".ndjson")  # endings, in any case
@@ -50,6 +50,7 @@ def parse_spec(spec):
     ValueError or FileNotFoundError: a part, name or weight that cannot be used."""
     corpora = []
     for part in spec.split(","):
+        # name= of word characters only; :weight after the last colon, without / or :
         name, source, weight = re.fullmatch(r"(?:([\w.-]+)=)?(.*?)(?::([^:/]*))?", part.strip(), re.S).groups()
         if name and os.path.exists(f"{name}={source}"):  # a file called date=2024.txt
             name, source = None, f"{name}={source}"
@@ -142,9 +143,10 @@ def read_documents(source, files, quiet=True):
             bar = tqdm(texts, "docstrings", len(paths), unit=" files", disable=quiet or None, leave=False)
             found = [([text], 0) for text in bar]
     else:
-        found = [read_texts(path, skip=source in BUILTIN) for path in paths]
+        found = [read_texts(path, source in BUILTIN) for path in paths]
     units, skipped = {}, Counter()  # {text: unit}
-    for unit, text in ((unit, text) for (unit, _), (texts, _) in zip(files, found) for text in texts):
+    documents = [(unit, text) for (unit, _), (texts, _) in zip(files, found) for text in texts]
+    for unit, text in documents:
         if text and text.strip() and text not in units:
             units[text] = unit
         else:
@@ -155,8 +157,8 @@ def read_documents(source, files, quiet=True):
     return {"about": about}, [(unit, text) for text, unit in units.items()]
 
 
-def read_texts(path, skip):
-    """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: it is not UTF-8.
+def read_texts(path, builtin):
+    """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: a built-in source's, not UTF-8.
 
     A document is the whole text or, in a file of JSON lines, the field "text" of each line."""
     text = path.read_bytes()
@@ -165,9 +167,9 @@ def read_texts(path, skip):
         need(text.count(0) <= len(text) / 4, f"but UTF-16: {text.count(0):,} of {len(text):,} bytes are NUL")
     except ValueError as e:
         wrong = f"at byte {e.start}" if isinstance(e, UnicodeDecodeError) else e
-        need(skip, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
+        need(builtin, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
         return [None], 0
-    if skip or not holds_json_lines(path, text):
+    if builtin or not holds_json_lines(path, text):
         return [text], 0
     texts, replaced = [], 0
     for number, line in enumerate(text.split(b"\n"), 1):

@@ -36,7 +36,7 @@ import tiktoken
 import tokenizers
 from tokenizers import pre_tokenizers
 
-MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits
+MAX_VOCAB = 2**21  # so that the three ids of a 3-gram fit in 64 bits (`pack` of data.py)
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
          "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")  # fmt: skip
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # where no file says which token it is
@@ -104,7 +104,7 @@ class Tokenizer:
 
     name: str  # as asked for
     vocab_size: int  # the largest id + 1: the vocabulary of a new model
-    min_vocab_size: int  # the largest id that a text or its end makes + 1: any model needs as many
+    min_vocab_size: int  # the same of ids that a text or its end makes: a model may lack the others
     eot: int | None  # end-of-text token
     key: str  # hash of what it does: equal keys give equal ids, whatever folder it was loaded from
     public: tokenizers.Tokenizer | None = field(default=None, compare=False)  # None: `bytes`, or ids without text
@@ -125,11 +125,11 @@ class Tokenizer:
             return [self.without_special(np.array(encoding.ids, np.uint32)) for encoding in found]
 
     def without_special(self, ids):
-        """Unigram takes the letters of a special token for that token. This gives the ids of the letters instead."""
+        """Unigram turns the text `</s>` into the token `</s>`. Here it becomes the ids of its single characters."""
         if not np.isin(ids, [*self.forbidden]).any():
             return ids
-        letters = lambda i: [t.id for char in self.forbidden.get(i, "") for t in self.public.model.tokenize(char)]
-        return np.array([j for i in ids.tolist() for j in letters(i) or [i]], np.uint32)
+        characters = lambda i: [t.id for char in self.forbidden.get(i, "") for t in self.public.model.tokenize(char)]
+        return np.array([j for i in ids.tolist() for j in characters(i) or [i]], np.uint32)
 
     def decode(self, ids):
         """Integers (list, array or tensor) -> str. Ids without a token and bytes that are no UTF-8 become U+FFFD."""
@@ -167,13 +167,13 @@ class Tokenizer:
         if self.public is None:
             return True
         splitter, added = self.public.pre_tokenizer, self.public.get_added_tokens_decoder().values()
-        if not splitter or not isinstance(self.public.normalizer, tokenizers.normalizers.NFC | None):
+        if not splitter or not isinstance(self.public.normalizer, tokenizers.normalizers.NFC | None):  # NFC is fine
             return False
         words = lambda text: [word for word, _ in splitter.pre_tokenize_str(text)]
         letters = [chr(i) for i in range(65, 123) if chr(i).isalpha()]
         seams = ((f"b {chr(x)}\n", f"{letter}b") for x in range(33, 127) for letter in letters)
-        whole = any(not token.special and (token.lstrip or "\n" in token.content) for token in added)
-        return not whole and all(words(a + b) == words(a) + words(b) for a, b in seams)
+        reaches = any(not token.special and (token.lstrip or "\n" in token.content) for token in added)
+        return not reaches and all(words(a + b) == words(a) + words(b) for a, b in seams)
 
 
 @plain_errors()
@@ -261,7 +261,7 @@ def from_ranks(name, split, ranks, special, end):
 
     tiktoken merges any two neighbours that make a token, those of the lowest rank first. As a list of merges: every way
     to cut a token into two, in the order of ranks."""
-    special = {text: i for i, text in {i: text for text, i in reversed(special.items())}.items()}  # one name an id
+    special = {text: i for i, text in {i: text for text, i in reversed(special.items())}.items()}  # the first name
     spell = {token: "".join(CHAR[b] for b in token) for token in ranks}
     cuts = ((t[:i], t[i:]) for t in sorted(ranks, key=ranks.get) for i in range(1, len(t)))
     merges = [(spell[a], spell[b]) for a, b in cuts if a in ranks and b in ranks]
