@@ -12,10 +12,11 @@ name. Nothing in a folder is executed, and no file outside it is opened.
 
 Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.mlp.experts.3.up_proj.weight`. Mixtral
 has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
-all experts of a layer in two tensors: `unpack` and `pack` go between those and the names.
+all experts of a layer in two tensors: `unpack` and `packed` go between those and the names.
 
-A killed process leaves a loadable folder. Each file is written beside its place, flushed and renamed. The order is
-weights, run.json, trainer.pt; each holds the number of its step, and a folder whose numbers differ is refused.
+A kill loses no run. Each file is renamed into place when it is whole, in the order weights, run.json, trainer.pt, and
+each of these holds the number of its training step. Where the numbers differ `load` refuses the folder by name, and
+`train.py --resume` goes on from trainer.pt, whose renaming is the commit.
 """
 
 import json
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import distribute_tensor
 
 from model import Config, Transformer
 
@@ -111,11 +113,12 @@ KINDS = {  # model_type: keys that a configuration may leave out, and what its p
     "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
                       num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }  # fmt: skip
-ROUTER = {True: "topk-softmax", False: "softmax-topk"}  # by norm_topk_prob: are the chosen scores made to sum to one?
+# By norm_topk_prob: a softmax over all whose chosen scores are made to sum to one is a softmax over the chosen logits.
+ROUTER = {True: "topk-softmax", False: "softmax-topk"}
 
 
 def read_config(folder):
-    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what cannot be said exactly."""
+    """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what model.py cannot compute."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
@@ -174,20 +177,22 @@ def read_config(folder):
         eos_token_id=h.get("eos_token_id"),
     )
     if kind in ("mixtral", "qwen3_moe"):
-        G = config.granularity = h.get("granularity", 1)
+        G = config.granularity = h.get("granularity", 1)  # a full-width expert is cut into G: see model.Config
         experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
         if experts % G or chosen % G:
             refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
         config.experts, config.top_k, config.intermediate_size = experts // G, chosen // G, config.intermediate_size * G
         config.router = ROUTER[kind == "mixtral" or bool(h["norm_topk_prob"])]
-        config.balance_coef = need("router_aux_loss_coef") * chosen  # the public loss sums over a token's choices
+        config.balance_coef = need("router_aux_loss_coef") * chosen  # ours is a mean over choices, the public one a sum
     config.check()
     return config
 
 
 def public_config(config, dtype):
     """The Hugging Face configuration of a Config, a dict; rotary settings and dtype in the older and newer spelling."""
-    match bool(config.experts), config.qk_norm, config.qkv_bias:
+    if config.experts and config.router not in ROUTER.values():
+        raise ValueError(f"no public format holds the router {config.router} (a line for it here, in public_config)")
+    match bool(config.experts), config.qk_norm, config.qkv_bias:  # Config.check refuses what is not here
         case False, False, False:
             kind, name, more = "llama", "Llama", {"mlp_bias": False}
         case False, False, True:
@@ -247,19 +252,12 @@ def unpack(config, state):
                 yield f"{layer}.experts.{e}.{which}.weight", part
 
 
-def pack(config, tensors):
-    """The inverse of unpack: {name: tensor} -> state dict. Empties `tensors`, so that nothing is held twice."""
-    with torch.device("meta"):
-        names, state = Transformer(config).state_dict(), {}
-    for name, t in names.items():
-        parts = [tensors.pop(n) for n, _ in unpack(config, {name: t})]
-        if name.endswith("gate_up_proj"):
-            parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
-        if parts:  # of a tied head there are none
-            state[name] = torch.stack(parts) if ".experts." in name else parts[0]
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
+def packed(config, name, shape, read):
+    """The inverse of unpack, for one tensor of a state dict. read(name): the tensor of that name, of one expert."""
+    parts = [read(n) for n, _ in unpack(config, {name: torch.empty(shape, device="meta")})]
+    if name.endswith("gate_up_proj"):
+        parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
+    return torch.stack(parts) if ".experts." in name else parts[0]
 
 
 class Place(NamedTuple):
@@ -296,7 +294,8 @@ def opened(path):
 
 
 def tensor_files(folder):
-    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises as `load` does."""
+    """{tensor name: the safetensors file it lies in}, for one file or shards with an index. Raises FileNotFoundError or
+    ValueError."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
@@ -322,21 +321,21 @@ def tensor_files(folder):
 def locate(folder, config):
     """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, their widest dtype).
 
-    Only the files' headers are read. Raises FileNotFoundError or ValueError where a tensor is missing, left over, torn,
-    or of another shape or dtype; and where config.json ties head and embedding, but the file holds two that differ."""
+    Reads headers alone (and of a tied model a head that lies in the file all the same, to compare it). Raises
+    FileNotFoundError or ValueError where a tensor is missing, left over, torn, or of another shape or dtype."""
     with torch.device("meta"):  # shapes without numbers
         state = Transformer(config).state_dict()
     files, wanted = tensor_files(folder), {}
-    for packed, t in state.items():
-        for i, (name, part) in enumerate(unpack(config, {packed: t})):
-            ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}
-            if ".experts." in packed:  # some writers keep a layer's experts in one tensor, as a module does
+    for whole, t in state.items():
+        for i, (name, part) in enumerate(unpack(config, {whole: t})):
+            ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}  # name in the file: shape, index
+            if ".experts." in whole:  # transformers 5 can keep a layer's experts in one tensor, as a module does
                 half = slice(i % 2 * len(part), (i % 2 + 1) * len(part))  # expert 0's gate, its up, expert 1's gate ...
-                ways[packed] = (t.shape, (i,) if packed.endswith("down_proj") else (i // 2, half))
-            there = next((way for way in ways if way in files), spelled(config, name))
-            wanted[name] = there, *ways[there]
-    shapes = {there: tuple(shape) for there, shape, _ in wanted.values()}
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * config.tie_word_embeddings)  # in some public folders
+                ways[whole] = (t.shape, (i,) if whole.endswith("down_proj") else (i // 2, half))
+            stored = next((way for way in ways if way in files), spelled(config, name))
+            wanted[name] = stored, *ways[stored]
+    shapes = {stored: tuple(shape) for stored, shape, _ in wanted.values()}
+    spare = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tie_word_embeddings  # may lie there without use
     missing = sorted(shapes.keys() - files.keys())
     extra = sorted(n for n in files.keys() - shapes.keys() if not n.endswith(spare))
     for names, word in ((missing, "lacks"), (extra, "has, beyond its configuration,")):
@@ -354,19 +353,23 @@ def locate(folder, config):
                 dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
     if config.tie_word_embeddings and "lm_head.weight" in files:
         both = ("lm_head.weight", "model.embed_tokens.weight")
-        if not torch.equal(*(t for _, t in read_tensors({name: (files[name], name, ()) for name in both}))):
+        if not torch.equal(*(read_tensor((files[name], name, ())) for name in both)):
             raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
                              "(tie_word_embeddings false keeps both)")  # fmt: skip
-    return {name: (files[there], there, index) for name, (there, _, index) in wanted.items()}, dtype
+    return {name: (files[stored], stored, index) for name, (stored, _, index) in wanted.items()}, dtype
 
 
-def read_tensors(found):
-    """Yields (name, tensor) for entries of `locate`, one file after the other."""
-    for path in sorted({path for path, _, _ in found.values()}):
-        with opened(path) as f:
-            for name, (there, stored, index) in found.items():
-                if there == path:
-                    yield name, f.get_slice(stored)[index] if index else f.get_tensor(stored)
+def read_tensor(where):
+    """The tensor at an entry of `locate`."""
+    path, name, index = where
+    with opened(path) as f:
+        return f.get_slice(name)[index] if index else f.get_tensor(name)
+
+
+def reader(folder, config):
+    """(a function that reads the tensor of a name from a checkpoint folder, their widest dtype). Raises as `locate`."""
+    found, stored = locate(folder, config)
+    return lambda name: read_tensor(found[name]), stored
 
 
 def load(folder, dtype=torch.float32):
@@ -375,15 +378,31 @@ def load(folder, dtype=torch.float32):
     Raises FileNotFoundError or ValueError where a part is missing, torn, or of another shape than config.json says."""
     config = read_config(folder)
     check_whole(folder)
-    found, _ = locate(folder, config)
-    return assemble(config, pack(config, {name: t.to(dtype) for name, t in read_tensors(found)}))
+    read, _ = reader(folder, config)
+    return build(config, lambda name, shape: packed(config, name, shape, read), dtype)
 
 
-def assemble(config, state):
-    """The module of Config `config` whose weights are the tensors of the state dict, themselves and not copies."""
+@torch.no_grad()
+def build(config, value, dtype=torch.float32, shard=None):
+    """The module of Config `config` in which the tensor `name` of its state dict is value(name, shape).
+
+    shard(module): called while the module is empty, to spread its parameters over the ranks. Then each tensor goes to
+    its shards before the next one is made: no rank ever holds more than one of them whole."""
     with torch.device("meta"):
-        module = Transformer(config)
-    module.load_state_dict(state, assign=True)
+        module, state = Transformer(config).to(dtype), {}
+    if shard:
+        shard(module)
+    for name, empty in module.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        whole = value(name, empty.shape).to(dtype)
+        if shard:
+            whole = whole.to(empty.device)
+            mine = distribute_tensor(whole, empty.device_mesh, empty.placements, src_data_rank=None)
+            empty.to_local().copy_(mine.to_local())
+        else:
+            state[name] = whole
+    module.load_state_dict(state, assign=True, strict=False)
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module
@@ -420,9 +439,8 @@ def besides(folder, tokenizer=True):
 
 
 def read_lineage(folder, source_tokens=None):
-    """(name of the tokenizer or None, lineage) of a checkpoint folder, ours or a public one, from its run.json.
-
-    source_tokens: what a public source was trained on, if known. Raises ValueError for a torn folder."""
+    """(name of the tokenizer or None, lineage) of a checkpoint folder, from its run.json. A public folder has none, and
+    gets one entry, "source". source_tokens: what it was trained on, if known. Raises ValueError for a torn folder."""
     folder = Path(folder)
     path = folder / "run.json"
     if source_tokens is not None and not 0 <= source_tokens < math.inf:
@@ -440,7 +458,7 @@ def read_lineage(folder, source_tokens=None):
         raise ValueError(f"{path} has no lineage (a list of steps)")
     if tokens is not None:
         if lineage[0]["step"] != "source":
-            why = f"{path} knows its own tokens (leave it out for our own)"
+            why = f"{path} knows its own tokens (leave it out: it is for a public source)"
             raise ValueError(f"source_tokens is {source_tokens}: {why}")
         lineage[0]["tokens"] = tokens
     return run.get("tokenizer"), lineage
@@ -473,7 +491,7 @@ def check_whole(folder):
         steps.add(str(run["step"]))
         if (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as f:
-                steps.add((f.metadata() or {}).get("step", str(run["step"])))
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # an operator's weights have none
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:

@@ -299,22 +299,23 @@ def read_table(path, the, blocks=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line. plan.py uses some of it, too.
 
-
 HELP = {"flops": "FLOPs, as the law's paper counts them", "N": "parameters, as the law counts them",
         "D": "tokens trained on", "D1": "tokens before upcycling", "D2": "tokens after it", "G": "granularity",
         "E": "experts", "experts": "expansion rate", "top_k": "experts a token"}
 
 
-def flag(name):
-    """The flag that asks for a column of a law or an argument of what a budget buys."""
-    return {"C": "flops"}.get(name, "N" if name.startswith("N_") else name)
+def flags_of(function):
+    """{argument of a law, or of what a budget buys: its flag}. The only size is --N, whatever its name."""
+    names = list(inspect.signature(function).parameters)
+    sizes = [name for name in names if name == "N" or name.startswith("N_")]
+    return {name: "flops" if name == "C" else "N" if [name] == sizes else name for name in names}
 
 
 def law_flags(sub, functions):
     """LAW, a flag for each argument of `functions`, and where the coefficients come from."""
     sub.add_argument("law", metavar="LAW", help=f"one of {', '.join(LAWS)}")
     add = sub.add_argument_group("the run (a law asks for what it needs, and refuses the rest)").add_argument
-    flags = dict.fromkeys(flag(p) for f in functions for p in inspect.signature(f).parameters)
+    flags = dict.fromkeys(flag for function in functions for flag in flags_of(function).values())
     for name in flags:
         add(f"--{name.replace('_', '-')}", type=number, metavar="X", help=HELP.get(name, "as the law reads it"))
     sub.set_defaults(flags=list(flags))
@@ -324,17 +325,15 @@ def law_flags(sub, functions):
 
 
 def asked(args, function):
-    """{parameter: value} of `function` from the flags. ValueError for those it needs and misses, or has no use for."""
-    parameters = {p: d.default is d.empty for p, d in inspect.signature(function).parameters.items()}  # is it needed?
-    text = lambda names: " ".join("--" + flag(name).replace("_", "-") for name in names)
-    flags = {flag(p): p for p in parameters}
-    given = [name for name in args.flags if getattr(args, name) is not None]
-    missing = [p for p, needed in parameters.items() if needed and flag(p) not in given]
-    if missing or {*given} - {*flags}:
-        also = text([p for p, needed in parameters.items() if not needed])
-        raise ValueError(f"{args.command} {args.law} needs {text([p for p, needed in parameters.items() if needed])}"
-                         + f" and takes {also}" * bool(also) + f" (given: {text(given) or 'none'})")
-    return {flags[name]: getattr(args, name) for name in given}
+    """{argument: value} of `function` from the flags. ValueError for those it needs and misses, or has no use for."""
+    flags, given = flags_of(function), [name for name in args.flags if getattr(args, name) is not None]
+    needed = [flags[p] for p, about in inspect.signature(function).parameters.items() if about.default is about.empty]
+    if {*needed} - {*given} or {*given} - {*flags.values()}:
+        text = lambda names: " ".join("--" + name.replace("_", "-") for name in names)
+        also = [name for name in flags.values() if name not in needed]
+        raise ValueError(f"{args.command} {args.law} needs {text(needed)}" + f" and takes {text(also)}" * bool(also)
+                         + f" (given: {text(given) or 'none'})")
+    return {p: getattr(args, name) for p, name in flags.items() if name in given}
 
 
 def load_fit(path):

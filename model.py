@@ -122,7 +122,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.device.type == "cpu":
             return cpu.RMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 def rotation(config, positions, device):
@@ -178,7 +179,10 @@ class Attention(nn.Module):
             y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=self.heads != self.kv_heads)
+            grouped = self.heads != self.kv_heads
+            if grouped and q.dtype == torch.float32:  # on CUDA no kernel but the largest of memory takes groups in fp32
+                k, v, grouped = *(t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v)), False
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -220,6 +224,7 @@ class Transformer(nn.Module):
         super().__init__()
         config.check()
         self.config = config
+        self.recompute_blocks = False  # True: a block keeps its input alone for the backward pass, and runs twice
         self.model = nn.ModuleDict(
             dict(
                 embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -247,7 +252,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, D)
         auxes = []
         for i, layer in enumerate(self.model.layers):
-            x, aux = layer(x, cos, sin, None if cache is None else cache[i])
+            if self.recompute_blocks and self.training:
+                x, aux = recompute(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x, aux = layer(x, cos, sin, None if cache is None else cache[i])
             auxes.append(aux)
         x = self.model.norm(x)
         aux = None
@@ -258,9 +266,10 @@ class Transformer(nn.Module):
             return self.lm_head(x), None, aux
         return None, self.cross_entropy(x.flatten(0, 1), targets.flatten()), aux
 
-    def cross_entropy(self, x, targets, most=2**28):
-        """Mean loss of x (B T, D) against targets (B T,). More than `most` logits are never held at once, nor kept for
-        the backward pass: a large vocabulary is worked through in slices, each computed twice."""
+    def cross_entropy(self, x, targets, most=None):
+        """Mean loss of x (B T, D) against targets (B T,). More than `most` logits (2^28; CUDA: 2^30) are never held at
+        once, nor kept for the backward pass: a large vocabulary is worked through in slices, each computed twice."""
+        most = most or (2**30 if x.device.type == "cuda" else 2**28)
 
         def total(x, targets):
             return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-100, reduction="sum")
@@ -307,9 +316,8 @@ def normal(shape, std, seed, layer, expert, matrix, dtype=torch.float32):
     return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
 
 
-@torch.no_grad()
-def init_weights(module, seed):
-    """Draws every weight of `module` anew from `seed`. All are normal; this is their deviation:
+def initial(config, name, shape, seed):
+    """The initial values of the parameter `name` of a state dict, fp32. All are normal; this is their deviation:
 
     | embed_tokens, lm_head                | 0.02                                                                    |
     | q, k, v, gate, up                    | 1 / sqrt(numbers read): unit variance in, unit variance out             |
@@ -318,24 +326,27 @@ def init_weights(module, seed):
     | mlp.gate, the router                 | 0.02 / sqrt(numbers read): logits near 0 at the start                   |
     | gains of norms; biases               | not drawn: 1; 0                                                         |
     """
-    c = module.config
-    depth = math.sqrt(2 * c.num_hidden_layers)
+    c, depth = config, math.sqrt(2 * config.num_hidden_layers)
+    layer, in_expert = int(name.split(".")[2]) if ".layers." in name else -1, ".experts." in name
+    matrix = name.split(".")[-1 if in_expert else -2]
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    unit = 1 / math.sqrt(shape[-1])
+    special = {"embed_tokens": 0.02, "lm_head": 0.02, "gate": 0.02 * unit}
+    std = (special | {"o_proj": unit / depth, "down_proj": unit / depth}).get(matrix, unit)
+    if not in_expert:
+        return normal(shape, std, seed, layer, 0, matrix)
+    if matrix == "down_proj":  # shape[-1] is a narrow width, 1/G of the full one
+        std *= moe.output_scale(c.experts, c.top_k, c.granularity, c.router) / math.sqrt(c.granularity)
+    E, *shape = shape  # one tensor holds all experts of the layer: (E, out, in)
+    return torch.stack([normal(shape, std, seed, layer, e, matrix) for e in range(E)])
+
+
+@torch.no_grad()
+def init_weights(module, seed):
+    """Draws every weight of `module` anew."""
     for name, p in module.named_parameters():
-        layer, in_expert = int(name.split(".")[2]) if ".layers." in name else -1, ".experts." in name
-        matrix = name.split(".")[-1 if in_expert else -2]
-        if p.dim() == 1:
-            p.fill_(0 if name.endswith("bias") else 1)
-            continue
-        unit = 1 / math.sqrt(p.shape[-1])
-        special = {"embed_tokens": 0.02, "lm_head": 0.02, "gate": 0.02 * unit}
-        std = (special | {"o_proj": unit / depth, "down_proj": unit / depth}).get(matrix, unit)
-        if not in_expert:
-            p.copy_(normal(p.shape, std, seed, layer, 0, matrix))
-            continue
-        if matrix == "down_proj":  # p.shape[-1] is a narrow width, 1/G of the full one
-            std *= moe.output_scale(c.experts, c.top_k, c.granularity, c.router) / math.sqrt(c.granularity)
-        for e, expert in enumerate(p):  # p holds all experts of the layer: (E, out, in)
-            expert.copy_(normal(expert.shape, std, seed, layer, e, matrix))
+        p.copy_(initial(module.config, name, p.shape, seed))
     return module
 
 

@@ -9,10 +9,11 @@ which that tensor is made of, and a function of them. The formula that repeats t
 
 For "model.layers.3.mlp.up_proj.weight" it returns ["model.layers.1.mlp.up_proj.weight"] and the identity.
 
-Two functions follow a formula, and give the same bits. `apply_to_folder` goes from files to files, one tensor at a
-time: a model larger than memory goes through. `apply_to_module` goes from module to module, one block at a time: a
-trainer can shard each block before the next one is made. So an operator consists of its formula, its new configuration
-and its entry in the lineage. Both ways, the checks before any work and the atomic writing come for nothing.
+`through` follows a formula: given what reads the old tensors, it returns what reads the new ones, one at a time. So
+`apply_to_folder` goes from files to files, and a model larger than memory goes through. `apply_to_module` goes from a
+module to a module, and train.py from files to the shards of a rank. All call the same function on the same numbers, so
+from weights of one dtype they give the same bits. The folder way also checks before it works, and writes whole or not
+at all. An operator of another kind (learned, or with two sources) calls `write_folder` with a `made` of its own.
 """
 
 import functools
@@ -27,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import spelled, unpack
+from checkpoint import build, packed, spelled, unpack
 from model import Config, Transformer
 
 SHARD_SIZE = 5e9  # bytes
@@ -39,38 +40,28 @@ class Operator(NamedTuple):
     config: Config  # of the new model
     formula: object  # the function gets tensors of the new model's dtype on the CPU, and returns one
     entry: dict  # what run.json's lineage says of it
-    dtype: object  # dtype of the old weights -> the dtype in which the new ones are exact
+    dtype: object  # a function: dtype of the old weights -> one in which the new ones are exact
+
+
+def through(operator, read, dtype):
+    """What reads the new model's tensors: read(name) reads those of the old one, which reach the formula as `dtype`."""
+    old = functools.lru_cache(maxsize=2)(lambda name: read(name).to(dtype))  # experts share their sources
+
+    def made(name):
+        names, function = operator.formula(name)
+        return function(*map(old, names))
+
+    return made
 
 
 @torch.no_grad()
-def apply_to_module(module, operator, each=lambda block: None):
-    """The new module that `operator` makes of `module`, which stays as it is.
-
-    each(block) is called with every block as soon as it is whole and before the next is made: a trainer can shard it
-    there, so that no rank ever holds the whole new model."""
+def apply_to_module(module, operator):
+    """The new module that `operator` makes of `module`, which stays as it is."""
     config, weight = operator.config, module.lm_head.weight
     old, dtype = dict(unpack(module.config, module.state_dict())), operator.dtype(weight.dtype)
-    read = functools.lru_cache(maxsize=2)(lambda name: old[name].cpu().to(dtype))  # experts share their sources
-    with torch.device("meta"):
-        made = Transformer(config)
-
-    def fill(part, prefix):
-        state = {n: torch.empty(t.shape, dtype=dtype, device=weight.device) for n, t in part.state_dict().items()}
-        for name, view in unpack(config, {prefix + n: t for n, t in state.items()}):
-            names, function = operator.formula(name)
-            view.copy_(function(*map(read, names)))
-        part.load_state_dict(state, assign=True)
-
-    fill(made.model.embed_tokens, "model.embed_tokens.")
-    for i, block in enumerate(made.model.layers):
-        fill(block, f"model.layers.{i}.")
-        each(block)
-    fill(made.model.norm, "model.norm.")
-    if config.tie_word_embeddings:
-        made.lm_head.weight = made.model.embed_tokens.weight
-    else:
-        fill(made.lm_head, "lm_head.")
-    return made.train(module.training)
+    made = through(operator, lambda name: old[name].cpu(), dtype)
+    copied = lambda name, shape: packed(config, name, shape, made).clone()  # a formula may hand the old tensor on
+    return build(config, copied, dtype).to(weight.device).train(module.training)
 
 
 def apply_to_folder(source, target, operator, source_tokens=None, shard_size=SHARD_SIZE):
@@ -78,18 +69,11 @@ def apply_to_folder(source, target, operator, source_tokens=None, shard_size=SHA
 
     source_tokens: what a public source was trained on. Everything is checked before anything is written, and `target`
     appears only when it is whole. Raises ValueError, FileNotFoundError, or OSError if writing fails."""
-    found, stored = checkpoint.locate(source, checkpoint.read_config(source))
+    read, stored = checkpoint.reader(source, checkpoint.read_config(source))
     tokenizer, lineage = checkpoint.read_lineage(source, source_tokens)
     dtype = operator.dtype(stored)
-    one = lambda name: next(checkpoint.read_tensors({name: found[name]}))[1].to(dtype)
-    read = functools.lru_cache(maxsize=2)(one)  # experts share their sources
-
-    def made(name):
-        names, function = operator.formula(name)
-        return function(*map(read, names))
-
     run = {"tokenizer": tokenizer, "lineage": [*lineage, operator.entry]}
-    return dtype, write_folder(source, target, operator.config, dtype, made, run, shard_size)
+    return dtype, write_folder(source, target, operator.config, dtype, through(operator, read, dtype), run, shard_size)
 
 
 def write_folder(source, target, config, dtype, made, run, shard_size=SHARD_SIZE):

@@ -14,12 +14,14 @@ STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)
 MARKERS = "osD^vP*"
 
 
+def plain(name):
+    """A name as matplotlib shall print it: what stands between two $ is no formula, and what is no Unicode is "?"."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def save(figure, path, caption):
-    """Write the figure with the caption, what was run, below it. A name with a $ in it is no formula."""
-    figure.text(0.01, 0.01, caption, fontsize=7, va="bottom", ha="left", wrap=True, parse_math=False)
-    for axes in figure.axes:
-        for text in axes.get_legend().get_texts() if axes.get_legend() else ():
-            text.set_parse_math(False)
+    """Write the figure with the caption, what was run, below it."""
+    figure.text(0.01, 0.01, plain(caption), fontsize=7, va="bottom", ha="left", wrap=True)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -108,7 +110,7 @@ def plot_compare(path, runs, pairs):
     axes.plot(grid, np.minimum.accumulate(np.min(losses, 0)), color="0.75", lw=6, label="frontier", zorder=0)
     for i, (run, (flops, L)) in enumerate(zip(runs, curves)):
         seeds, look = run.get("curves", []), {"color": COLOURS[i % 7]}
-        label = run["run"] + (f" (mean of {len(seeds)} seeds)" if len(seeds) > 1 else "")
+        label = plain(run["run"]) + (f" (mean of {len(seeds)} seeds)" if len(seeds) > 1 else "")
         axes.plot(flops, L, ls=STYLES[i % 7], marker=MARKERS[i % 7], ms=4, label=label, **look)
         if len(seeds) > 1:
             every = np.array([[p[1] for p in curve if p[0] > 0][: len(flops)] for curve in seeds])
@@ -120,7 +122,7 @@ def plot_compare(path, runs, pairs):
         axes.annotate(f"{100 * pair['speedup']:+.0f} %", (np.sqrt(ends[0] * ends[1]), target), (0, -12),
                       textcoords="offset points", ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs, ancestors included",
-             ylabel=f"L on {runs[0]['corpus']} (nats a token)")
+             ylabel=f"L on {plain(runs[0]['corpus'])} (nats a token)")
     plain_ticks(axes.yaxis)
     log_ticks(axes.xaxis)
     axes.legend(fontsize=8, handlelength=3.5)

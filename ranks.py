@@ -8,8 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 
@@ -31,6 +31,7 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
         self.mesh = init_device_mesh(device.type, (self.world,)) if fsdp else None
+        self.device = device
         return device
 
     def say(self, text):
@@ -60,9 +61,17 @@ class Ranks:
             dist.all_gather_object(values, value)
         return next((v for v in values if v is not None), None)
 
-    def shard(self, part):
-        if self.mesh and not isinstance(part, FSDPModule):
-            fully_shard(part, mesh=self.mesh)
+    def shard(self, module):
+        """Spreads the parameters of an empty module, on the meta device, over the ranks: a block at a time is whole."""
+        for part in (*module.model.layers, module):
+            fully_shard(part, mesh=self.mesh, shard_placement_fn=self.placement)
+        module.to_empty(device=self.device)
+        if module.config.tie_word_embeddings:
+            module.lm_head.weight = module.model.embed_tokens.weight
+
+    def placement(self, p):
+        """Which dimension is cut: the first, but the second of a layer's experts if their number does not divide."""
+        return Shard(1) if p.dim() == 3 and p.shape[0] % self.world and p.shape[1] % self.world == 0 else Shard(0)
 
     def whole(self, t):
         """A tensor on the CPU of the first rank, None on the others. All take part: a shard is only a part of it."""

@@ -76,26 +76,21 @@ def summarise(out, rulers, losses, bits, load, sample):
 
 def plot(out, rulers):
     """loss.png: validation loss over tokens, the n-gram losses as lines across."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from plots import plain, plt
 
     with open(out / "eval.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     tokens = [float(r["tokens"]) for r in rows]
-    plain = {"parse_math": False}  # a name may have a $ in it
     for i, (name, ruler) in enumerate(rulers.items()):
-        axes.plot(tokens, [float(r[f"{name}_loss"]) for r in rows], "o-", color=f"C{i}", markersize=3, label=name)
+        losses = [float(r[f"{name}_loss"]) for r in rows]
+        axes.plot(tokens, losses, "o-", color=f"C{i}", markersize=3, label=plain(name))
         for n, level in enumerate(ruler, 1):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
-            axes.text(x, level, f"{name} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom", **plain)
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token")
-    axes.set_title(str(out).encode(errors="replace").decode(), **plain)  # nor need it be Unicode
-    for text in axes.legend(frameon=False).get_texts():
-        text.set_parse_math(False)
+            axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
+    axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)
 

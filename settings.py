@@ -54,7 +54,7 @@ FROM = {  # flags: where their values come from in a run that is new, --init, --
     ("dtype",): ("flag", "flag", "either", "parent"),
     ("micro_batch",): ("flag", "flag", "either", "either"),
     ("log_every", "eval_every", "save_every"): ("flag", "flag", "flag", "either"),
-    ("out", "device", "compile", "fsdp"): ("flag", "flag", "flag", "flag"),
+    ("out", "device", "compile", "fsdp", "checkpoint_blocks"): ("flag", "flag", "flag", "flag"),
 }  # fmt: skip
 MIXTURE = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", "z_coef")  # no use to a dense model
 
@@ -174,6 +174,9 @@ def get_parser(commands=""):
     add("--dtype", choices=dtypes, default="auto", help="of the products; auto is bfloat16 where it is fast")
     add("--compile", action=switch, help="torch.compile each block (default: on CUDA only)")
     add("--fsdp", action="store_true", help="shard parameters, gradients and optimizer over the ranks")
+
+    add("--checkpoint-blocks", action=switch, help="compute each block again in the backward pass, in the place of "
+        "keeping its activations (default: under --fsdp only)")
 
     add = parser.add_argument_group("rhythm").add_argument
     add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
@@ -303,6 +306,7 @@ def finish(kind, s, given, config, tokenizer):
     config.capacity_factor = s.capacity_factor if config.experts else None
     config.max_position_embeddings = s.context if kind == "new" else max(config.max_position_embeddings, s.context)
     config.check()
+    checkpoint.public_config(config, torch.float32)  # a shape that no format can say is refused before it is trained
     for field in fields(config):
         if field.name in SHAPE:
             setattr(s, field.name, getattr(config, field.name))
@@ -373,10 +377,10 @@ def told_apart(state, s, config, world):
     """[a note] if a run, or the trunk of a branch, goes on with other ranks or another micro-batch; else []."""
     same_micro, same_ranks = state["settings"].get("micro_batch") == s.micro_batch, state.get("ranks", 1) == world
     if config.experts and not same_micro:
-        return ["another micro-batch than before: the balancing loss is counted a micro-batch at a time, and changes"]
+        return ["another micro-batch: the balancing loss is counted a micro-batch at a time, and changes"]
     if same_micro and same_ranks:
         return []
-    return ["other ranks or another micro-batch than before: the numbers agree to rounding errors, not to the bit"]
+    return ["another number of ranks, or another micro-batch: the numbers agree to rounding errors, not to the bit"]
 
 
 # ---- what depends on the device -------------------------------------------------------------------------------------
@@ -393,11 +397,22 @@ def fast_bf16(device):
     return False
 
 
-def default_micro_batch(config, context, windows, device):
-    """The largest divisor of a rank's windows whose activations, at 34 bytes each, stay below 16 GB on an accelerator,
-    0.5 GB on a CPU (where what is near the caches is fastest anyway)."""
+def memory_for_activations(device, sizes):
+    """Bytes. On CUDA what is free, less 20 a parameter for weights, gradients, moments and bf16 copies. On a CPU not
+    much: what is near the caches is fastest."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"])
+        case "cpu":
+            return 0.18e9
+    return 16e9
+
+
+def default_micro_batch(config, context, windows, memory):
+    """The largest divisor of a rank's windows that fits into `memory` bytes. In each layer a token keeps about 12 bytes
+    for every number of its residual stream and of its MLPs."""
     width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
-    most = (16e9 if device.type != "cpu" else 0.5e9) / (34 * config.num_hidden_layers * width * context)
+    most = memory / (12 * config.num_hidden_layers * width * context)
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
@@ -411,7 +426,8 @@ def horizon(s, config, sizes, flops_per_token, device, world):
         tokens = s.tokens_per_param * sizes["N_active"]
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
-    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, device)
+    memory = memory_for_activations(device, sizes)
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)
     s.save_every = s.save_every or max(1, steps // 10)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # what a damaged file can raise on its way through json, csv and arithmetic
@@ -131,6 +132,8 @@ class Parser(argparse.ArgumentParser):
                 where = Path(args.plot)
                 if where.suffix not in (".png", ".pdf", ".svg") or where.is_dir() or not where.parent.is_dir():
                     raise ValueError(f"--plot {where} (give a .png, .pdf or .svg in a folder that exists)")
+                if find_spec("matplotlib") is None:
+                    raise ValueError(f"--plot {where} needs matplotlib (pip install matplotlib)")
             result = args.run(args)
             if args.json:
                 print(json.dumps(result, allow_nan=False))

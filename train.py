@@ -1,7 +1,7 @@
 """The trainer: one device or many, the same numbers.
 
     python train.py                                            # dense, on text this machine already has
-    python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of width F/4, 8 a token
+    python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of a quarter's width, 8 a token
     python train.py --init out/dense --data cpp:0.9,python:0.1 # continual pretraining with 10 % replay
     python train.py --init out/dense --upcycle 8x2             # upcycle in memory on every rank, then train
     python train.py --init out/dense --stack 4                 # grow in memory, then train
@@ -10,7 +10,9 @@
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
 `main` reads in the order in which things happen: settings, model, data, optimizer, and then the loop, which evaluates,
-saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py says what the flags mean together.
+saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together.
+It returns a `Start`. Its `kind` is new, init, branch or resume, and its `state` is trainer.pt: that of the resumed run, or
+of the trunk that a branch leaves, or None. A branch is all decay: its schedule is wsd without warmup.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
 take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two ranks 2 times each, over equal windows:
@@ -57,7 +59,7 @@ import runs
 import settings
 from ranks import Ranks, Signals
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's counts.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name that the device's contains counts.
 PEAKS = {
     "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -67,23 +69,23 @@ PEAKS = {
 # ---- the parts of a run ---------------------------------------------------------------------------------------------
 
 
-def build(start, shard):
-    """The module on the CPU, the same one on every rank. shard is called with each block that an operator has made."""
+def build(start, ranks):
+    """The module, the same one on every rank; under --fsdp each rank has its shards alone, and no rank ever had more
+    than one tensor whole."""
     s, config = start.settings, start.config
     if start.state:
-        module = model.Transformer(config)
-        module.load_state_dict(start.state["weights"])
+        value = lambda name, shape: start.state["weights"][name].clone()  # out of the file, which will be replaced
     elif start.kind == "init":
-        module = checkpoint.load(checkpoint.find(s.init))
-        for i, operator in enumerate(start.operators, 1):
-            each = shard if i == len(start.operators) else lambda block: None
-            module = operators.apply_to_module(module, operator, each)
-        module.config = config
-        for layer in module.model.layers if config.experts else ():
-            layer.mlp.capacity_factor = config.capacity_factor
+        folder = checkpoint.find(s.init)
+        read, _ = checkpoint.reader(folder, checkpoint.read_config(folder))
+        for operator in start.operators:
+            read = operators.through(operator, read, torch.float32)
+        value = lambda name, shape: checkpoint.packed(config, name, shape, read)
     else:
-        module = model.init_weights(model.Transformer(config), s.seed)
-    return module
+        value = lambda name, shape: model.initial(config, name, shape, s.seed)
+    module = checkpoint.build(config, value, shard=ranks.shard if s.fsdp else None)
+    module.recompute_blocks = s.fsdp if s.checkpoint_blocks is None else s.checkpoint_blocks
+    return module.to(ranks.device)
 
 
 def prepare(s, tokenizer, ranks):
@@ -96,10 +98,10 @@ def prepare(s, tokenizer, ranks):
             problem = str(error)
     if problem := ranks.agree(problem):
         raise ValueError(problem)
-    return corpora or data.prepare(s.data, tokenizer, quiet=True)
+    return corpora or data.prepare(s.data, tokenizer, quiet=True, context=s.context)
 
 
-def get_optimizer(named, s, moments, ranks, device):
+def get_optimizer(named, s, moments, ranks):
     """AdamW for the parameters `named` {name: parameter}; matrices decay. moments: of an earlier run, or {}."""
     groups = [
         {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": s.weight_decay},
@@ -109,8 +111,10 @@ def get_optimizer(named, s, moments, ranks, device):
     for name, state in moments.items():
         p = named[name]
         for k, t in state.items():
-            t = t.clone().to(device)
-            optimizer.state[p][k] = distribute_tensor(t, p.device_mesh, p.placements) if ranks.mesh and t.dim() else t
+            t = t.clone().to(ranks.device)
+            if ranks.mesh and t.dim():
+                t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.state[p][k] = t
     return optimizer
 
 
@@ -129,8 +133,13 @@ def rate(step, steps, s):
     return s.min_lr + (s.lr - s.min_lr) * factor
 
 
+def compile_blocks(module):
+    for layer in module.model.layers:
+        layer.compile()
+
+
 def eagerly(compiled):
-    """Without compiled graphs: other shapes than those of training would make its graphs dynamic."""
+    """For evaluation and samples: their shapes would make torch compile training's graphs anew, as dynamic ones."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -159,7 +168,7 @@ class Record:
     def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token):
         self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
         self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
-        self.history = start.lineage[:-1] if going_on else start.lineage
+        self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
         self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
         self.samples = start.state["samples"] if going_on else []
         self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
@@ -214,7 +223,8 @@ class Record:
             runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
 
     def save(self, folder, step, module, optimizer, mask, finished=False):
-        """Everything at this step into `folder`; trainer.pt last: its renaming is the commit."""
+        """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume reads nothing else: a
+        save that is cut short loses nothing."""
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
         weights = {n: whole(t) for n, t in module.state_dict().items()}
         shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
@@ -284,7 +294,7 @@ def main(argv=None):
     ranks.say(f"{s.data} with {tokenizer.name} tokens on {ranks.world} x {device.type}, {s.dtype}")
 
     # model and horizon
-    module = build(start, ranks.shard)
+    module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
         steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world)
@@ -295,8 +305,7 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     step, mask = state["step"] if kind == "resume" else 0, None
-    module.to(device)
-    if step < (s.mask_steps or 0):
+    if step < (s.mask_steps or 0):  # the mask is that of grow.py's entry: the last before this run's own
         mask = grow.Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
         mask.open(step)
 
@@ -307,6 +316,7 @@ def main(argv=None):
             data.same_text(state["run"]["lineage"][-1], corpora)
     except ValueError as error:
         fail(error)
+    # Where the lineage stopped in the text. A resumed run and a branch know it to the window, from trainer.pt.
     order, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], settings.told_apart(state, s, config, ranks.world)
@@ -316,17 +326,12 @@ def main(argv=None):
     for note in notes:
         ranks.say(f"note: {note}")
 
-    # shards or replicas, then the optimizer
-    for part in (*module.model.layers, module):
-        ranks.shard(part)
-    if compiled:
-        torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
-        for layer in module.model.layers:
-            layer.compile()
+    # replicas, then the optimizer
+    torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
     parallel = module
     if ranks.world > 1 and not s.fsdp:
         parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    optimizer = get_optimizer(dict(module.named_parameters()), s, state["optimizer"] if state else {}, ranks, device)
+    optimizer = get_optimizer(dict(module.named_parameters()), s, state.pop("optimizer") if state else {}, ranks)
 
     def evaluation():
         with eagerly(compiled):
@@ -340,14 +345,18 @@ def main(argv=None):
 
     record, signals = Record(start, ranks, corpora, reader, sizes, flops_per_token), Signals()
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((p for kind, p in PEAKS.items() if kind in name), None)
+    peak = next((p for gpu, p in PEAKS.items() if gpu in name), None)
     quiet = not ranks.first or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     module.train()
-    fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: the number of a signal; load: of each expert
+    if compiled and not mask:
+        compile_blocks(module)
+    fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: a signal's number; load: tokens of each expert
     last_time, last_step = time.time(), step
     while True:
         # evaluate, sample, save; a resumed step has done so already
+        if device.type == "cuda" and (step % s.eval_every == 0 or step % s.save_every == 0 or step in snapshots):
+            torch.cuda.synchronize()  # what is still in the queue is training
         pause = time.time()
         if fresh:
             if step % s.eval_every == 0 or step == steps or step in snapshots:
@@ -391,8 +400,6 @@ def main(argv=None):
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             last = micro == accumulate - 1
-            if s.fsdp:
-                module.set_requires_gradient_sync(last)
             with parallel.no_sync() if parallel is not module and not last else nullcontext():
                 with autocast:
                     _, loss, aux = parallel(x, y)
@@ -409,14 +416,16 @@ def main(argv=None):
         step += 1
         if mask:
             mask.open(step)
+            if step == s.mask_steps and compiled:  # before that each masked layer would be a graph of its own
+                compile_blocks(module)
         bar.update()
         stop = ranks.largest(signals.number)
 
-        # log, and look before each save whether there is something worth saving
+        # log; and before each save look whether loss and norm are numbers
         due = step % s.log_every == 0 or step in (1, steps)
         if not (due or step % s.save_every == 0 or step in snapshots or stop):
             continue
-        loss = ranks.mean(loss_sum / accumulate).item()
+        loss = ranks.mean(loss_sum / accumulate).item()  # of this step: over its micro-batches and ranks
         norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             ranks.say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last good one: {s.out}")

@@ -24,8 +24,8 @@ give 10 and 20, and their scores are 3/4 and 1/4 (logits log 3 and 0). There are
     --top-k doubled       (3/8 + 3/8) * 10 + (1/8 + 1/8) * 20 = 12.5      exactly the same function
     --top-k as before     (1/2 + 1/2) * 10 = 10                           two copies of the best expert: the second
                                                                           best is lost until the copies differ
-The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all stay equal in training: they see
-the same tokens. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
+The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all and get the same tokens stay
+equal in training. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
 
 Left out: upcycling every other layer (2212.05055); choosing the experts to copy by their gradients (2604.19835);
 different models as experts; the optimizer's state (2212.05055: it helps vision, not language).
@@ -221,7 +221,7 @@ EXACT = ("copy", "drop")  # methods whose numbers bf16 and fp16 hold; for others
 
 
 def router(layer, r, w_ED=None):
-    """The new router's rows. w_ED: those of a mixture, which its copies take over; the first copy keeps its row."""
+    """The new router, (E, D). w_ED: that of a mixture, whose copies take its rows over; the first keeps its own."""
     D, m, G = r.source.hidden_size, r.copies, r.granularity
     random = normal("router", layer, 0, (r.experts, 1, D), r.router_std, r)
     if w_ED is None:
@@ -252,7 +252,8 @@ def operator(config, experts, top_k, **options):
 
     Raises ValueError on a recipe that cannot be followed."""
     r = Recipe(config, experts, top_k, **options)
-    parts = functools.lru_cache(maxsize=2)(functools.partial(copy, r=r))  # gate and up serve r.cut tensors in turn
+    kept = 2 if r.cut > 1 else 0  # a copy of gate and one of up serve r.cut tensors in turn
+    parts = functools.lru_cache(maxsize=kept)(functools.partial(copy, r=r))
 
     def formula(name):
         layer, i, matrix, kind = checkpoint.place(name)
@@ -274,12 +275,10 @@ def operator(config, experts, top_k, **options):
     return operators.Operator(r.config, formula, r.entry(), r.dtype)
 
 
-def upcycle(module, experts, top_k, each=lambda block: None, **options):
-    """A new model.Transformer made from `module`, which stays as it is. options: the other fields of Recipe.
-
-    each(block) is called with every block as soon as it is whole, see operators.apply_to_module. Raises ValueError on
-    a recipe that cannot be followed."""
-    return operators.apply_to_module(module, operator(module.config, experts, top_k, **options), each)
+def upcycle(module, experts, top_k, **options):
+    """A new model.Transformer made from `module`, which stays as it is. options: the other fields of Recipe. Raises
+    ValueError on a recipe that cannot be followed."""
+    return operators.apply_to_module(module, operator(module.config, experts, top_k, **options))
 
 
 def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=operators.SHARD_SIZE, **options):
@@ -318,8 +317,8 @@ def command_line():
     add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or that of the mixture SRC)")
     add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Config.router}, or that of the "
         "mixture SRC)")  # fmt: skip
-    add("--router-std", type=float, help=f"deviation of the random part of the new router rows (default: {ROUTER_STD}; 0 "
-        "if SRC is a mixture)")  # fmt: skip
+    add("--router-std", type=float, help="deviation of the random part of the new router rows (default: "
+        f"{ROUTER_STD}; 0 if SRC is a mixture)")  # fmt: skip
     add("--scale", choices=SCALES, help="factor that keeps the output's size: on down_proj, its cube root on all three "
         f"matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
     add = parser.add_argument_group("experts").add_argument
@@ -357,7 +356,7 @@ def main(argv=None):
     if G > 1 and dtype.itemsize < 4:
         print("note: a reader that routes in this dtype splits a copy now and then; in float32 none does")
     if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
-        print("note: copies that are equal in all stay equal in training (--router-std 0.02, --method noise or drop)")
+        print("note: equal copies that get the same tokens stay equal (--router-std 0.02, --method noise or drop)")
     print(f"next: python train.py --init {dst}")
 
 

@@ -16,7 +16,10 @@ import upcycle
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script", ["train.py", "model.py", "upcycle.py", "grow.py", "data.py", "laws.py"])
+SCRIPTS = ("train", "model", "upcycle", "grow", "ligo", "data", "laws", "plan", "runs")
+
+
+@pytest.mark.parametrize("script", [f"{name}.py" for name in SCRIPTS])
 def test_ctrl_c_while_loading_ends_it_without_a_traceback(tmp_path, script):
     for slow in ("torch", "numpy"):
         (tmp_path / f"{slow}.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")

@@ -341,6 +341,15 @@ def test_a_law_with_a_column_and_a_budget_of_its_own_is_one_function_and_one_row
         assert best["L"] < other and best["vocabulary"] == 32000
 
 
+def test_a_law_of_two_sizes_has_a_flag_for_each(capsys, monkeypatch):
+    def both(N_active, N_total):
+        return [("A", {"alpha": -np.log(N_active)}), ("B", {"beta": -np.log(N_total)})]
+
+    monkeypatch.setitem(laws.LAWS, "both", {"mine": laws.Row(both, dict(A=1, B=1, alpha=0, beta=0))})
+    assert said(capsys, "predict", "both", "--N-active", 1e9, "--N-total", 1e10, "--json")["L"] == 2
+    assert "needs --N-active --N-total" in refused(capsys, "predict", "both", "--N", 1e9)
+
+
 @pytest.mark.parametrize(
     "E, m, mu, n, nu",
     [

@@ -199,9 +199,9 @@ def test_plots_are_written(tmp_path, capsys):
     have = ["--have-n", "1e9", "--have-d", "1e11", "--flops", "1e21"]
     plan.main(["budget", *have, "--plot", str(tmp_path / "plan.png")])
     for i in (1, 2):
-        make_run(tmp_path / f"out/{i}", [], [5, 3 + i / 10], seed=i)
-    make_run(tmp_path / "out/3", [], [5, 2], tokens=2e8)
-    folders = [str(tmp_path / f"out/{i}") for i in (1, 2, 3)]
+        make_run(tmp_path / rf"o_$\x$/{i}", [], [5, 3 + i / 10], seed=i)
+    make_run(tmp_path / r"o_$\x$/3", [], [5, 2], tokens=2e8)
+    folders = [str(tmp_path / rf"o_$\x$/{i}") for i in (1, 2, 3)]
     runs.main(["compare", *folders, "--seeds", "--plot", str(tmp_path / "compare.png")])
     for name in ("fit", "plan", "compare"):
         picture = (tmp_path / f"{name}.png").read_bytes()

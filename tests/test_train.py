@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import random
-import re
 import resource
 import shutil
 import signal
@@ -26,6 +25,7 @@ import checkpoint
 import data
 import grow
 import model
+import runs
 import settings
 import train
 import upcycle
@@ -229,42 +229,14 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     run(texts, "--resume", "--out", "shards")  # the checkpoint knows nothing of shards
 
 
-WATCHED = """
-import gc, sys
-import torch
-import train, upcycle
-
-def whole():  # expert tensors that are made, and of which this rank holds more than its shard
-    return sum(type(t) is torch.nn.Parameter and t.dim() == 3 and not t.is_meta for t in gc.get_objects())
-
-def operator(*args, **options):
-    made = original(*args, **options)
-
-    def formula(name):
-        most[0] = max(most[0], whole())
-        return made.formula(name)
-
-    return made._replace(formula=formula)
-
-most, original, upcycle.operator = [0], upcycle.operator, operator
-assert train.main(sys.argv[1:]) == 0
-print("most:", most[0], flush=True)
-"""
-
-
-def test_under_fsdp_a_layer_is_upcycled_and_sharded_before_the_next(here, texts):
+def test_upcycled_in_memory_in_shards_and_in_a_folder_is_the_same_mixture(here, texts):
     run(texts, "--tokens", 256, "--num-hidden-layers", 4, "--out", "parent")
     upcycle.upcycle_folder("parent", "folder", 4, 2, granularity=2)
-    Path("watched.py").write_text(WATCHED)
     flags = "--init parent --upcycle 4x2 --granularity 2 --batch-tokens 256 --tokens 256 --lr 1e-30".split()
-    most = {}
     for out, more in (("replicas", []), ("shards", ["--fsdp"])):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "watched.py"]
-        env = CAPTURE | dict(env=ENV | {"PYTHONPATH": str(ROOT)})
-        done = subprocess.run([*start, *flags, *more, "--out", out], **env)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*start, ROOT / "train.py", *flags, *more, "--out", out], **CAPTURE)
         assert done.returncode == 0, done.stderr[-3000:]
-        most[out] = {int(n) for n in re.findall(r"most: (\d+)", done.stdout)}
-    assert most == {"replicas": {8}, "shards": {0}}  # two tensors in each of four layers; all but their shards gone
     whole, one, two = (load_file(f"{name}/model.safetensors") for name in ("folder", "replicas", "shards"))
     assert whole.keys() == one.keys() == two.keys()  # and so small a rate moves no bit
     assert all(torch.equal(whole[n], one[n]) and torch.equal(whole[n], two[n]) for n in whole)
@@ -683,14 +655,14 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
         return np.array([float(row[c]) for row in rows for c in columns] + [float(last["a_loss"])])
 
     same = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
-    assert "note: other ranks" in goes_on("calm/step-5", "two", torchrun=2)
-    assert "note: other ranks" in goes_on("two/step-10", "one")
+    assert "note: another number of ranks" in goes_on("calm/step-5", "two", torchrun=2)
+    assert "note: another number of ranks" in goes_on("two/step-10", "one")
     outs = ["two", "one"]
     said = goes_on("calm/step-5", "small", "--micro-batch", 1)
     if extra:
-        assert "note: another micro-batch than before: the balancing loss" in said
+        assert "note: another micro-batch: the balancing loss" in said
     else:
-        assert "note: other ranks or another micro-batch" in said
+        assert "note: another number of ranks, or another micro-batch" in said
         assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", torchrun=2)
         outs += ["shards", "small"]
     for out in outs:
@@ -806,3 +778,11 @@ def test_tables_of_a_run_are_utf_8_whatever_the_locale(here):
     env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", write], env=env, check=True)
     assert Path("t.csv").read_text(encoding="utf-8").split() == ["日_loss", "1"]
+
+
+def test_a_folder_whose_name_is_no_text_at_all_gets_its_plot(here):
+    folder = Path("o_\udcff $\\x$")  # a byte that is not UTF-8, as the file system gives it
+    folder.mkdir()
+    (folder / "eval.csv").write_text("tokens,a_loss\n0,5.5\n256,4.5\n")
+    runs.plot(folder, {"a": [3.0, 2.0, 1.0]})
+    assert (folder / "loss.png").stat().st_size > 5000
