@@ -10,8 +10,8 @@
     torchrun --nproc-per-node 8 train.py ...                   # DDP; --fsdp shards parameters and optimizer
 
 `main` reads in the order in which things happen: settings, model, data, optimizer, and then the loop, which evaluates,
-saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together.
-It returns a `Start`. Its `kind` is new, init, branch or resume, and its `state` is trainer.pt: that of the resumed run, or
+saves, sets the rate, accumulates micro-batches, clips, steps and logs. settings.py settles what the flags mean together
+and returns a `Start`. Its `kind` is new, init, branch or resume. Its `state` is trainer.pt: that of the resumed run, or
 of the trunk that a branch leaves, or None. A branch is all decay: its schedule is wsd without warmup.
 
 A step is `--batch-tokens` tokens over all ranks. Let it be 2,048 tokens, or 8 windows of 256, and let a rank
