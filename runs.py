@@ -89,8 +89,7 @@ def plot(out, rulers):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
             axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
-    title = plain(str(out).encode(errors="replace").decode())  # a folder's name need not be Unicode
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=title)
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)
