@@ -15,8 +15,8 @@ MARKERS = "osD^vP*"
 
 
 def plain(name):
-    """A name as matplotlib shall print it: what stands between two $ is no formula."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib shall print it: what stands between two $ is no formula, and what is no Unicode is "?"."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def save(figure, path, caption):

@@ -76,16 +76,12 @@ def summarise(out, rulers, losses, bits, load, sample):
 
 def plot(out, rulers):
     """loss.png: validation loss over tokens, the n-gram losses as lines across."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from plots import plain, plt
 
     with open(out / "eval.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     tokens = [float(r["tokens"]) for r in rows]
-    plain = lambda name: name.replace("$", r"\$")  # what stands between two $ of a name is no formula
     for i, (name, ruler) in enumerate(rulers.items()):
         losses = [float(r[f"{name}_loss"]) for r in rows]
         axes.plot(tokens, losses, "o-", color=f"C{i}", markersize=3, label=plain(name))
@@ -93,8 +89,7 @@ def plot(out, rulers):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
             axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
-    title = plain(str(out).encode(errors="replace").decode())  # a folder's name need not be Unicode
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=title)
+    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)

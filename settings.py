@@ -377,10 +377,10 @@ def told_apart(state, s, config, world):
     """[a note] if a run, or the trunk of a branch, goes on with other ranks or another micro-batch; else []."""
     same_micro, same_ranks = state["settings"].get("micro_batch") == s.micro_batch, state.get("ranks", 1) == world
     if config.experts and not same_micro:
-        return ["another micro-batch than before: the balancing loss is counted a micro-batch at a time, and changes"]
+        return ["another micro-batch: the balancing loss is counted a micro-batch at a time, and changes"]
     if same_micro and same_ranks:
         return []
-    return ["other ranks or another micro-batch than before: the numbers agree to rounding errors, not to the bit"]
+    return ["another number of ranks, or another micro-batch: the numbers agree to rounding errors, not to the bit"]
 
 
 # ---- what depends on the device -------------------------------------------------------------------------------------

@@ -60,9 +60,7 @@ def test_the_table_names_every_flag_once_but_for_the_two_that_are_no_settings():
     assert all(len(ways) == len(KINDS) and {*ways} <= {"flag", "parent", "folder", "either"} for ways in FROM.values())
 
 
-SWITCHES = ("qk_norm", "tie_word_embeddings", "compile", "checkpoint_blocks", "fsdp")
-VALUES = {**dict.fromkeys(SWITCHES), "tokens": "5e5", "save_at": "1e5", "router": "softmax-topk",
-          "schedule": "constant", "dtype": "bfloat16"}  # fmt: skip
+WORDS = {"router": "softmax-topk", "schedule": "constant", "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,10 +70,10 @@ def test_a_setting_comes_from_where_the_table_says(kind):
         read = settings.read_flags(settings.get_parser(), flags)
         return getattr(settings.inherit(kind, *read, {name: "the parent's"}), name)
 
+    switches = [action.dest for action in settings.get_parser()._actions if action.nargs == 0]
     for names, ways in FROM.items():
         for name in names:
-            value = VALUES.get(name, "7")
-            flags = [settings.flag(name)] + [value] * (value is not None)
+            flags = [settings.flag(name)] + [WORDS.get(name, "7")] * (name not in switches)
             given = getattr(settings.get_parser().parse_args(flags), name)
             match ways[KINDS.index(kind)]:
                 case "flag":

@@ -25,6 +25,7 @@ import checkpoint
 import data
 import grow
 import model
+import runs
 import settings
 import train
 import upcycle
@@ -654,14 +655,14 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
         return np.array([float(row[c]) for row in rows for c in columns] + [float(last["a_loss"])])
 
     same = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
-    assert "note: other ranks" in goes_on("calm/step-5", "two", torchrun=2)
-    assert "note: other ranks" in goes_on("two/step-10", "one")
+    assert "note: another number of ranks" in goes_on("calm/step-5", "two", torchrun=2)
+    assert "note: another number of ranks" in goes_on("two/step-10", "one")
     outs = ["two", "one"]
     said = goes_on("calm/step-5", "small", "--micro-batch", 1)
     if extra:
-        assert "note: another micro-batch than before: the balancing loss" in said
+        assert "note: another micro-batch: the balancing loss" in said
     else:
-        assert "note: other ranks or another micro-batch" in said
+        assert "note: another number of ranks, or another micro-batch" in said
         assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", torchrun=2)
         outs += ["shards", "small"]
     for out in outs:
@@ -777,3 +778,11 @@ def test_tables_of_a_run_are_utf_8_whatever_the_locale(here):
     env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", write], env=env, check=True)
     assert Path("t.csv").read_text(encoding="utf-8").split() == ["日_loss", "1"]
+
+
+def test_a_folder_whose_name_is_no_text_at_all_gets_its_plot(here):
+    folder = Path("o_\udcff $\\x$")  # a byte that is not UTF-8, as the file system gives it
+    folder.mkdir()
+    (folder / "eval.csv").write_text("tokens,a_loss\n0,5.5\n256,4.5\n")
+    runs.plot(folder, {"a": [3.0, 2.0, 1.0]})
+    assert (folder / "loss.png").stat().st_size > 5000
