@@ -316,8 +316,7 @@ def position(lineage, corpora, context, tokenizer):
             past = step["data"].get(corpus.name, {"tokens": 0})
             if past.get("sha256", corpus.about["sha256"]) != corpus.about["sha256"] and corpus.name not in changed:
                 changed.add(corpus.name)
-                if not read[corpus.name]:
-                    notes.append(f"the text of {corpus.name} has changed: it is read from the beginning")
+                notes.append(f"the text of {corpus.name} has changed: what was read of the old one does not count")
             if corpus.name not in changed:
                 read[corpus.name] += past["tokens"] // context
     return steps[0]["seed"] if steps else None, sequence, dict(read), notes
