@@ -14,31 +14,31 @@ Prediction, gradient and fit follow from this list alone. The fit is that of Hof
 
     minimise f = sum over runs of Huber(r),   r = ln(predicted L) - ln L
 
-f has valleys, so 4,500 starts are tried. The best 300 go downhill together, fewer and fewer of them further and
-further, and the last 4 are polished. f is a sum, not a mean. A mean is so small that optimisers stop early: this is how
-the published Chinchilla coefficients went wrong (Besiroglu et al. 2024).
+f has valleys, so many starts are tried: 5 E x 6 A x 6 B x 5 alpha x 5 beta = 4,500. The best 300 take 5 steps downhill,
+the best 60 of these 10 more, the best 10 of these 60 more. The last 4 are polished. f is a sum, not a mean. A mean is
+so small that optimisers stop early, as in the published fit of Chinchilla (Besiroglu et al. 2024).
 
 By hand: E = 1, A = B = 100, alpha = beta = 0.5, and a run with N = D = 10^4. Each power law gives 100 / sqrt(10^4) = 1,
 so L = 1 + 1 + 1 = 3. Each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's
 share of L, and d ln L / d alpha is this share times its factor -ln N, here -9.2 / 3. Suppose that L = 3.3 was measured.
-Then r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005), so the run pulls on the fit
-with a force of 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
+Then r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005). Its slope, the force on the
+fit, is at most 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
 
 A fit always gives numbers. The second half of the file asks what they are worth. `undetermined` names the coefficients
 that the runs leave open, `intervals_of` how far off the others may be. Predictions inside the range of the runs are
 good even where coefficients are open: what one gets wrong, another makes good.
 
-Left out: weights for runs, a likelihood for the noise.
+Left out: weights for runs (`descend` has them, for the bootstrap), a likelihood for the noise.
 
 Try:
-1. Make a table of nine runs, N = 1e8, 2e8, 4e8 ... 2.56e10, D = 20 N, with L from `laws.py predict chinchilla`. Fit it.
-   (E is 1.817, the truth, but A is 1131 in place of 482. All but E are named: both prices are powers of N, and the fit
-   cannot tell them apart. With nine more runs at D = 100 N all five come out right.)
+1. Make a table of nine runs, N = 1e8, 2e8, 4e8 ... 2.56e10, D = 20 N, with L from `laws.py predict chinchilla --json`.
+   Fit it. (E is 1.817, the truth. A may be anything: 1145 in place of 482. All but E are named: both terms are powers
+   of N, and the fit cannot tell them apart. With nine more runs at D = 100 N all five come out right.)
 2. Of those eighteen runs take N = 1.6e9, D = 20 N, and make its loss 1.5 times as high. How far does E move? Then set
    HUBER = 10, which makes least squares of the fit. (1.816, hardly. Then 0: all coefficients bend to that one run.)
-3. Write a law without a floor at "A law of one's own" in laws.py. Fit it and chinchilla to the same runs. Which
-   predicts the largest fifth better? (Hoffmann's 240 public runs: 2.1 % error against 1.3 %. What cannot flatten out
-   promises too much.)
+3. Write a law without a floor at "A law of your own" in laws.py. Fit it and chinchilla to the same runs. Which
+   predicts the largest fifth better? (Hoffmann's 240 public runs: 2.1 % error against 1.3 %. Losses flatten out,
+   and a law without a floor cannot.)
 """
 
 import inspect
@@ -64,9 +64,9 @@ def columns(form):
 def evaluate(form, coefficients, **at):
     """The law's value (nats a token; tokens for `stacking`) at columns `at`, numbers or arrays of one shape."""
     terms = form(**{name: np.asarray(at[name], float) for name in columns(form)})
-    theta = {"": 1.0, **coefficients}
+    value = {"": 1.0, **coefficients}  # "": a term without prefactor
     with np.errstate(divide="ignore", over="ignore"):  # a prefactor of 0: ln 0 = -inf, and the term is 0
-        return sum(np.exp(log(theta[p]) + sum(theta[e] * f for e, f in powers.items())) for p, powers in terms)
+        return sum(np.exp(log(value[p]) + sum(value[e] * f for e, f in powers.items())) for p, powers in terms)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def residuals(theta, X, y):
 
 
 def whiten(X, free):
-    """W (P, rank): in steps theta + W phi all directions matter alike.
+    """W (P, rank): in steps theta + W phi all directions matter alike (X W has orthogonal columns of one length).
 
     Over a few decades of N a larger alpha is almost made good by a larger ln A: in theta the valley of f is long and
     thin, and a descent crawls along it. In phi it is round. Directions that no run varies are left out.
@@ -130,8 +130,8 @@ def descend(X, y, theta, free, steps, weights=1.0):
         J = np.einsum("ksn,kpn->spn", share, Q)  # d r / d phi
         h = weights * np.minimum(1, HUBER / np.maximum(np.abs(r), 1e-300))
         H, g = (J * h[:, None]) @ J.transpose(0, 2, 1), (J * h[:, None]) @ r[:, :, None]
-        d = np.einsum("spp->sp", H)
-        damp = damping[:, None] * d + 1e-10 * d.max(1, keepdims=True) + 1e-300
+        diagonal = np.einsum("spp->sp", H)
+        damp = damping[:, None] * diagonal + 1e-10 * diagonal.max(1, keepdims=True) + 1e-300
         trial = theta - np.linalg.solve(H + damp[:, :, None] * np.eye(len(Q[0])), g)[:, :, 0] @ W.T
         r2, share2 = residuals(trial, X, y)
         f2 = (weights * huber(r2)).sum(1)
@@ -159,7 +159,7 @@ def polish(X, y, theta, free):
 
 def hoffmann_grid(prefactor, E, X, size=4500):
     """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents lie in 0 .. 2, with the sign that
-    makes the term fall, for a factor like ln N; for a larger one such as ln D1 ln D2 they are smaller. A random `size`
+    makes the term fall. Where the factor is larger than 20, as ln D1 ln D2 is, they are scaled down. A random `size`
     of the grid's points if it has more."""
     axes = []
     for j in range(len(prefactor)):
@@ -189,15 +189,14 @@ def allowance(r, P, q=1):
 
     Hold q of the P coefficients at the truth and refit the rest. Noise makes f grow, in 95 of 100 cases by less than
 
-        s / 2 q F(q, n - P),   s = mean psi(r)^2 / mean psi'(r) n / (n - P)          (Huber 1981)
+        s / 2 * q * F(q, n - P),   s = mean(psi^2) / mean(psi') * n / (n - P)        (Huber 1981)
 
     r (n) are the residuals of the best fit, F is the F distribution's 95 % point, psi is the force: r clipped to +-
     delta. For least squares psi(r) = r and s is the variance of the noise. n / (n - P): the fit has bent towards the
     runs, so their residuals are smaller than the noise.
     psi' is 1 for |r| < delta and 0 beyond, so its mean is the share of runs that lie that close to the curve. If the
     noise is far above delta, these are too few to be counted. So we count the nearer half of the runs, |r| <= h =
-    median |r|, and scale by delta / h, as if r were spread evenly there. For all runs this would be wrong: the tails
-    are thin.
+    median |r|, and scale by delta / h, as if r were spread evenly there. Further out the runs thin out.
     """
     n, half = len(r), max(HUBER, np.median(np.abs(r)))
     curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
@@ -234,11 +233,12 @@ def solve(form, table, target="L", fixed=None, starts=None):
     """The best fit, and the floors that noise leaves possible. ValueError for too few runs, or outside of the domain.
 
     A power law with a small exponent looks like a constant, so a floor of 0 may fit almost as well as the right one. No
-    descent from the best fit finds that out. So the floor is held at 50 values from 0 to the lowest loss, and the rest
-    is refitted at each. Those that cost less than the allowance are possible.
+    descent from the best fit finds that out. So the floor is held at 51 values, from 0 to almost the lowest loss, and
+    the rest is refitted at each. Those that cost less than the allowance are possible.
     """
     names, prefactor, X = design(form, table)
-    y, n, fixed = log(table[target]), X.shape[2], fixed or {}
+    y, n = log(table[target]), X.shape[2]
+    fixed = fixed or {}
     free = np.array([name not in fixed for name in names])
     if n <= free.sum():
         fitted = ", ".join(np.array(names)[free])
@@ -266,8 +266,8 @@ def solve(form, table, target="L", fixed=None, starts=None):
 def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
-    With D = 20 N both prices of Chinchilla's law are powers of N. Swap them, and the fit is as good: so it says nothing
-    about either.
+    With D = 20 N both terms of Chinchilla's law are powers of N. Exchange them, and the fit is as good: so it says
+    nothing about either.
     """
     args = {c: np.asarray(table[c], float) for c in columns(form)}
     acts = {}  # column: the coefficients of the terms in which it acts
@@ -283,19 +283,18 @@ def tied(form, table, names):
     if len(varied) > 1:
         Z = np.array([logs[c] / logs[c].std() for c in varied])
         size, V = np.linalg.eigh(Z @ Z.T / Z.shape[1])  # a direction in which the runs do not spread is a relation
-        for v in V[:, size < TIED**2].T:
+        for v in V[:, size < TIED**2].T:  # size: the variance along v
             together = [c for c, weight in zip(varied, v) if abs(weight) > 0.1]
             groups |= dict.fromkeys(together, f"{', '.join(together)} are tied: one follows from the others")
     return {name: why for c, why in groups.items() for name in names if name in acts[c]}
 
 
 def undetermined(form, table, best):
-    """{coefficient: reason} for those that the runs leave open. A coefficient is open if one of these holds:
+    """{coefficient: reason} for those that the runs leave open. `fit` adds those whose interval is too wide.
 
-    it is the floor, and a floor of 0 is possible (`solve`); one constant fits all losses, so that no law is needed; it
-    belongs to a column that is constant or tied to another (`tied`); or it can be changed together with others so that
-    no prediction changes at the best fit, d r / d theta @ v = 0. So is it with g and a where G is the same everywhere:
-    only their sum counts.
+    A coefficient is open if it is the floor, and a floor of 0 is possible (`solve`); if one constant fits all losses;
+    if it belongs to a column that is constant or tied to another (`tied`); or if it can be changed together with others
+    and no prediction changes, d r / d theta @ v = 0. Of two terms that no run varies, for example, only the sum counts.
     """
     names = [name for name, free in zip(best.names, best.free) if free]
     P, r = len(names), residuals(best.theta[None], best.X, best.y)[0][0]
@@ -303,7 +302,7 @@ def undetermined(form, table, best):
     why = {best.names[best.E]: "without it the law fits as well as noise allows"} if best.possible[0] else {}
     if flat - best.f <= allowance(r, P, max(1, P - 1)):
         why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
-    why = tied(form, table, names) | why
+    why = tied(form, table, names) | why  # the reason found first stands
     logs = {c: log(table[c]) for c in columns(form)}  # a column that is as good as constant is taken for constant here
     X = design(form, {c: np.exp(v if v.std() > TIED else 0 * v + v.mean()) for c, v in logs.items()})[2]
     J = np.einsum("kn,kpn->np", residuals(best.theta[None], X, best.y)[1][:, 0], X[:, best.free])  # d r / d theta
@@ -341,9 +340,9 @@ def intervals_of(best, times, blocks, seed):
     The bootstrap draws n runs from the n runs, with replacement, refits, and repeats: the refits spread as fits to
     other runs of the same kind would. Two corrections make the intervals cover the truth about as often as they claim
     (experiments/coverage_laws.py). The spread is too small by sqrt((n - P) / n), and few runs need Student's t in place
-    of 1.96: so the percentiles are taken further out (Hesterberg 2015). And all refits stay near the floor of the best
-    fit. So if a floor of 0 is possible, the refits are repeated with the floor held at either end of what is possible,
-    and an interval is the union.
+    of 1.96: so the percentiles are taken further out (Hesterberg 2015). G blocks count as n = G, n - P = G - 1. And if
+    a floor of 0 is possible, refits seldom reach both ends of what is possible. So they are repeated with the floor
+    held at either end, and an interval is the union.
     """
     n, P = len(best.y), best.free.sum()
     labels = np.arange(n) if blocks is None else np.unique(np.asarray(blocks).astype(str), return_inverse=True)[1]
@@ -364,18 +363,20 @@ def intervals_of(best, times, blocks, seed):
 def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=None, seed=1):
     """Fit a form to a run table.
 
-    table: {column: array (n)} with the form's columns and the target. fixed: {coefficient: value} that stay as they are
-    (a staged fit). simpler: values that turn the form into a simpler one, to compare. bootstrap: number of resamples
-    (0: no intervals). blocks: labels (n) of runs that belong together, e.g. one trunk's: they are drawn as one. Returns
-    the report that `laws.py fit --json` prints. ValueError if there are too few runs.
+    table: {column: array (n)} with the form's columns and the target. fixed: {coefficient: value} that stay as they
+    are. simpler: values that turn the form into a simpler one, to compare. bootstrap: number of resamples (0: no
+    intervals). blocks: labels (n) of runs that share a start: they are drawn as one. Returns the report that `laws.py
+    fit --json` prints. ValueError if there are too few runs.
     """
-    fixed, intervals, percentiles, refits, plain = fixed or {}, {}, None, np.zeros((0, 0)), {}
+    fixed, plain = fixed or {}, {}
+    intervals, percentiles, refits = {}, None, []
     best = solve(form, table, target, fixed)
     why = undetermined(form, table, best)
     if bootstrap:
         intervals, percentiles, refits = intervals_of(best, bootstrap, blocks, seed)
         for name, (low, high) in intervals.items():
-            (near, far), wide = sorted((abs(low), abs(high))), 10 if best.prefactor[best.names.index(name)] else 4
+            near, far = sorted((abs(low), abs(high)))
+            wide = 10 if best.prefactor[best.names.index(name)] else 4
             if low <= 0 <= high or far > wide * near:
                 why.setdefault(name, f"its interval includes 0 or spans more than a factor of {wide}")
     if simpler and not simpler.keys() & fixed.keys():
@@ -394,8 +395,10 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
 
 
 def held_out(form, table, target, fixed, starts):
-    """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others."""
-    order = np.argsort(sum(log(table[c]) for c in columns(form) if c != "G"), kind="stable")
+    """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others.
+    starts (S, P): the slid fits to all runs, instead of the whole grid."""
+    size = sum(log(table[c]) for c in columns(form) if c != "G")  # G makes no run larger
+    order = np.argsort(size, kind="stable")
     small, large = ({c: v[part] for c, v in table.items()} for part in np.split(order, [-max(1, len(order) // 5)]))
     try:
         best = solve(form, small, target, fixed, starts)

@@ -14,7 +14,7 @@ with their published coefficients and known flaws. fitting.py fits them to your 
 them.
 
   chinchilla    Hoffmann et al. 2022 (arXiv 2203.15556), Besiroglu et al. 2024 (2404.10102)
-  fine-grained  Ludziejewski et al. 2024 (2402.07871): mixtures with expansion rate E and granularity G
+  fine-grained  Ludziejewski et al. 2024 (2402.07871): E experts (expansion rate), each cut into G parts (granularity)
   upcycling     Liew et al. 2025 (2502.03009), Table 2, Eq. 12: D1 tokens as a dense model, D2 more as a mixture
   continual     Zheng et al. 2024 (2407.02118), Eq. 4, 8, 9: continual pretraining
   stacking      Du et al. 2024 (2405.15319), Eq. 2: when to grow. Its law of the loss has no printed numbers
@@ -32,7 +32,7 @@ Try:
 1. `python laws.py predict chinchilla --N 70e9 --D 1.4e12`, then with `--set hoffmann`. How much do two fits to the same
    runs differ on Chinchilla itself? (1.973 and 1.921: the optimiser of the published fit had stopped early.)
 2. `python laws.py predict joint --N 1e9 --D 2e10 --E 1`, then with 2, 4 ... 32 experts. What does each doubling bring?
-   (2.578, 2.559, 2.535, 2.509, 2.481, 2.455: 0.02 to 0.03 each, for the same FLOPs and ever more memory.)
+   (2.578, 2.559, 2.535, 2.509, 2.481, 2.455: 0.02 to 0.03 each, for memory alone: N is what one token uses.)
 3. How many tokens does a dense model of 1e9 parameters need to reach the 2.455 of 32 experts? Try values of D with
    `--E 1`. (8.1e10, four times as many.)
 """
@@ -58,7 +58,8 @@ SIZES = 1.0, 1e40  # where plan.py looks for the best N
 GROW = 4  # the stacking paper's growth factor
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The laws. Arguments are the columns of the run table; the docstring says which N is meant.
+# The laws. Arguments are the columns of the run table; the docstring says which N is meant. A law is a sum of terms
+# (prefactor, {exponent: factor}). Each term is prefactor * exp(sum of exponent * factor).
 
 
 def chinchilla(N, D):
@@ -95,17 +96,17 @@ def continual(N, D):
 
 
 def stacking(N, C):
-    """log10 d = a log10 N + b / log10 C + c: tokens d for the base of a stacked model of N parameters and C FLOPs."""
-    return [("", {"a": log(N), "b": log(10) / np.log10(C), "c": log(10) * np.ones_like(log(N))})]  # "": prefactor 1
+    """log10 d (or g) = a log10 N + b / log10 C + c. d: tokens of the base; N, C: size, FLOPs of the stacked model."""
+    return [("", {"a": log(N), "b": log(10) / np.log10(C), "c": log(10) * np.ones_like(log(N))})]  # ln d; no prefactor
 
 
-# What a budget buys. The arguments become flags of `plan.py optimal`. The answer is a function of what remains free: a
-# default (low, high) is a range to search, a longer one a list of choices. It gives the law's columns and what to show.
+# What a budget buys. The arguments become flags of `plan.py optimal`. The answer is a function of what is still free.
+# Its defaults say where to look: (low, high) is a range, more values are choices. It gives the law's columns and more.
 
 
 def active(N, top_k):
-    """N_active of an MoE of dense size N, top_k full-width experts a token: the MLP is 8 d^2 of a block's 12 d^2."""
-    return N * (1 + 2 * top_k) / 3
+    """N_active of an MoE of dense size N. A block has 4 d^2 of attention and 8 d^2 of MLP, the MLP top_k times."""
+    return N * (4 + 8 * top_k) / 12
 
 
 def dense(C):
@@ -129,9 +130,9 @@ def upcycled(C, top_k=2):
 
 
 def grained(C, experts):
-    """C = (72 d^2 + 14 d E G) n D, routing counted: n blocks (a real number) of width d = 64 n, the paper's tie."""
+    """C = (72 d^2 + 14 d E G) n D: n blocks (not rounded) of width d = 64 n, as in the paper; 14 d E G: router."""
 
-    def at(n=(1.0, 2980.0), G=(1, 2, 4, 8, 16, 32, 64, 128)):
+    def at(n=(1.0, 2980.0), G=(1, 2, 4, 8, 16, 32, 64, 128)):  # 2980 blocks: far beyond any model
         d = 64 * n
         N, D = 12 * d**2 * n, C / ((72 * d**2 + 14 * d * experts * G) * n)
         return {"N": N, "N_active": N, "N_total": d**2 * (8 * experts + 4) * n, "D": D, "G": G}
@@ -208,12 +209,12 @@ LAWS = {  # law: {set: Row}; a law's first set is its default
     },
 }
 
-# A law of one's own: its form, its row, and what a budget buys. predict, fit and optimal follow, with their flags:
+# A law of your own takes a form and a Row. This one also says what a budget buys. predict, fit and optimal find it.
 
 
 def joint(N_active, D, E):
     """L = c + a X^delta N_active^(alpha + gamma ln X) + b X^omega D^(beta + zeta ln X). E: experts, one a token.
-    N_active: with embeddings (add them to `runs.py table`'s). X(E) is E, but flattens out towards 2.07 and 290."""
+    N_active: with embeddings (add them to `runs.py table`'s). X runs from 2.07 at E = 1 to 290 at E = infinity."""
     X = 1 / (1 / (E - 1 + 1 / (1 / 2.0732 - 1 / 290.4521)) + 1 / 290.4521)
     x, n, d = log(X), log(N_active), log(D)
     return [("c", {}), ("a", {"delta": x, "alpha": n, "gamma": x * n}), ("b", {"omega": x, "beta": d, "zeta": x * d})]
@@ -255,7 +256,8 @@ def predict(model, **at):
 
 
 def band(model, function):
-    """95 % interval [low, high] of function(model), a number or a list, over the model's refits; or None."""
+    """95 % interval [low, high] of function(model), a number or a list, over the model's refits. These list values
+    in the order of `intervals`. None without refits (published laws), or if more than a tenth of them fail."""
     values, refits = [], model.get("refits", [])
     for refit in refits:
         coefficients = {**model["coefficients"], **dict(zip(model["intervals"], refit))}
@@ -285,12 +287,13 @@ def read_table(path, the, blocks=None):
     """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row."""
     rows, seen = read_csv(path), {}
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
+    # E, K: experts, and experts a token, unless the law reads them
     kinds = [" ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K") if name not in table) for r in rows]
     for i, run in enumerate(zip(*table.values())):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
-        if kinds[i] != kinds[0]:  # a dense model and a mixture, or mixtures of another number of experts
+        if kinds[i] != kinds[0]:
             pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
             raise ValueError(f"{path}: {pair} (one law, one kind of model: leave rows out)")
     return table, column(path, rows, blocks, least=None) if blocks else None
@@ -305,7 +308,7 @@ HELP = {"flops": "FLOPs, as the law's paper counts them", "N": "parameters, as t
 
 
 def flags_of(function):
-    """{argument of a law, or of what a budget buys: its flag}. The only size is --N, whatever its name."""
+    """{argument of a law, or of what a budget buys: its flag}. A lone N_... becomes --N, C becomes --flops."""
     names = list(inspect.signature(function).parameters)
     sizes = [name for name in names if name == "N" or name.startswith("N_")]
     return {name: "flops" if name == "C" else "N" if [name] == sizes else name for name in names}
@@ -328,7 +331,8 @@ def asked(args, function):
     """{argument: value} of `function` from the flags. ValueError for those it needs and misses, or has no use for."""
     flags, given = flags_of(function), [name for name in args.flags if getattr(args, name) is not None]
     needed = [flags[p] for p, about in inspect.signature(function).parameters.items() if about.default is about.empty]
-    if {*needed} - {*given} or {*given} - {*flags.values()}:
+    missing, unused = {*needed} - {*given}, {*given} - {*flags.values()}
+    if missing or unused:
         text = lambda names: " ".join("--" + name.replace("_", "-") for name in names)
         also = [name for name in flags.values() if name not in needed]
         raise ValueError(f"{args.command} {args.law} needs {text(needed)}" + f" and takes {text(also)}" * bool(also)
@@ -341,6 +345,7 @@ def load_fit(path):
     try:
         report = json.loads(Path(path).read_text("utf-8"), parse_constant=number)
         at = {c: sum(report["fitted"][c]) / 2 for c in columns(row(report["law"], report["set"]).form)}
+        # each of these raises if the report is damaged
         predict(report, **at), band(report, lambda m: predict(m, **at)), ", ".join(report["undetermined"])
         return report
     except (OSError, *DAMAGE) as wrong:

@@ -6,33 +6,34 @@ A scaling law put to use: how large a model a budget should train, when to grow,
     python plan.py budget --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
 
 optimal. Training N parameters on D tokens costs about C = 6 N D FLOPs. So a budget C buys any N, with D = C / (6 N)
-tokens. Along this line the loss L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There one percent more of N
-saves as much as the one percent less of D costs:
+tokens. Along this line the loss L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There 1 % more N saves what
+1 % less D costs:
 
     alpha A N^-alpha = beta B D^-beta                                      (Hoffmann et al. 2022, Eq. 4)
 
-Other laws have other lines. What C buys stands in a law's row (`buys`, laws.py), and `search` walks along any of them.
+Other laws have other lines. What C buys under each law is `buys` in laws.py's table. `search` walks along them.
 
 By hand: A = B = 100, alpha = beta = 0.5. Then the equation says N = D, so N = D = sqrt(C / 6). For C = 6 10^8 this is
 10^4, and with E = 1 the loss is 3. Twice the parameters and half the tokens give 1 + 0.71 + 1.41 = 3.12 for the same C.
 
 budget. A dense model of N parameters has read D1 tokens, and C FLOPs are left. There are four ways: train it on, make a
 mixture of experts from it (upcycle), stack its layers, or start a new mixture from scratch. Each way has a law (Liew et
-al. 2025, arXiv 2502.03009) and a price a token, so it reads D2 = C / price tokens. The lowest loss wins. The law of
-upcycling is
+al. 2025, arXiv 2502.03009; none is published for stacking: it needs a fit of your own) and a price a token, so it reads
+D2 = C / price tokens. The lowest loss wins. The law of upcycling is
 
     L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E
 
-The longer D1 was, the further ahead the mixture starts, and the more slowly it learns from D2. So from some budget on a
-mixture from scratch overtakes it. This budget is the crossing.
+The longer D1 was, the further ahead the mixture starts, and the more slowly it learns from D2. So one from scratch may
+overtake it. The budget at which it does is the crossing.
 
 Left out: what a FLOP costs in time (a mixture's are slower), and the price of inference.
 
 Try:
 1. `python plan.py optimal chinchilla --flops 5.76e23`, then with --set hoffmann: how many tokens a parameter does each
    ask for at Chinchilla's own budget? (18 and 59. Chinchilla was given 20: the published fit had missed its optimum.)
-2. `python plan.py budget --have-n 1e9 --have-d 1e11 --flops 1e21`, then --have-d 2e11, 3e11 ...: up to which D1 is
-   there a budget beyond which an MoE from scratch overtakes the upcycled one? (To 7.3e11; from 7.4e11 on: never.)
+2. `python plan.py budget --have-n 1e9 --have-d 1e11 --flops 1e21`, then --have-d 2e11, 3e11 ...: up to which D1 does
+   an MoE from scratch overtake the upcycled one? (Up to 7.3e11. With 7e11 the upcycled one is
+   better again from D2 = 4.0e12 on.)
 3. `python plan.py optimal joint --flops 1e21 --E 1`, then with E = 2, 4 ... 32. Which way does the best model move with
    more experts? (From 5.7e9 to 2.9e9 active parameters, and from 29 to 58 B tokens: experts bring parameters.)
 """
@@ -55,7 +56,7 @@ from tables import Parser, number, show
 
 
 def search(loss, at):
-    """Where loss(**columns) is lowest over what at(...), as a law's `buys` gives it, leaves free: at's answer there.
+    """The best place: at(**place) where loss(**at(**place)) is lowest. at's defaults say what is free, as in laws.py.
 
     Looks at 33 places of each range, evenly on a log axis, then at 33 places of the quarter around the best, and so on.
     That finds the lowest point if there is one valley. ValueError if it lies at the end of a range.
@@ -93,22 +94,22 @@ def optimal(model, *budget, **flags):
         raise ValueError(f"no rule of allocation for {name} (sets of its law that have one: {others})")
     try:
         best = search(lambda **place: evaluate(the.form, model["coefficients"], **place), the.buys(*budget, **flags))
-    except KeyError as column:
+    except KeyError as column:  # the name of one that the law reads
         raise ValueError(f"no rule of allocation for {name} (its row in laws.py does not buy {column})") from None
     value = predict(model, **{c: best[c] for c in columns(the.form)})
     if the.target == "d" and value >= best["D"]:
         raise ValueError(f"the rule gives d = {value:.4g} tokens for the base, not below D = {best['D']:.4g}: out of "
-                         f"its range (fitted on 410M to 3B parameters; for N = {best['N']:.4g} take e.g. a tenth of D)")
+                         "its range (fitted on 410M to 3B parameters: give more tokens, or choose d yourself)")
     asked_for = inspect.signature(the.buys).bind(*budget, **flags).arguments
     return {**best, **({"C": asked_for["C"]} if "C" in asked_for else {}), the.target: value}
 
 
 def budget(N, D1, C, models=None, top_k=2):
-    """What to do with a dense model of N parameters, trained on D1 tokens, and C FLOPs more (6 N D, N_active for MoE)?
+    """The four ways to spend C more FLOPs (6 N_active a token) on a dense model of N parameters and D1 tokens.
 
-    models: {set of upcycling: model}; published Table 2 if None. Ways of one answer come from one source, so with
-    `models` a way without its own is None. Returns {"ways": {name: L or None}, "best", "crossings", ...}. A crossing is
-    the smallest budget (that gives the MoE between 1e7 and 1e13 tokens D2) at which two ways swap places.
+    models: {set of upcycling: model}; published Table 2 if None. Losses from two sources cannot be compared, so with
+    `models` a way without its own fit is None. Returns {"ways": {name: L or None}, "best", "swaps", "crossings", ...}.
+    swaps: all budgets that give the MoE 1e7 to 1e13 tokens D2 and at which two ways swap places; crossings: the first.
     """
     why = "no fit of its set was given (--fit can be repeated); published rows are not mixed with fits"
     if models is None:
@@ -122,29 +123,28 @@ def budget(N, D1, C, models=None, top_k=2):
         "MoE from scratch": ("moe", moe, lambda D: {"N": N, "D": D}),
     }
     tokens = {way: C / price for way, (_, price, _) in every.items()}
-    known = {way: (models[set], at(tokens[way])) for way, (set, _, at) in every.items() if set in models}
+    known = {way: (models[set], at_tokens(tokens[way])) for way, (set, _, at_tokens) in every.items() if set in models}
 
-    def loss(way, C):
-        _, price, at = every[way]
-        return predict(known[way][0], **at(C / price))
+    def loss(way, flops):
+        _, price, at_tokens = every[way]
+        return predict(known[way][0], **at_tokens(flops / price))
 
     budgets = moe * np.geomspace(1e7, 1e13, 601)
-    curves = {way: np.array([loss(way, C) for C in budgets]) for way in known}
-
-    def crossing(one, other):
-        gap = curves[one] - curves[other]
-        swaps = np.flatnonzero(np.sign(gap[:-1]) != np.sign(gap[1:]))
-        if not len(swaps):
-            return None
-        i = swaps[0]
-        flops = brentq(lambda C: loss(one, C) - loss(other, C), budgets[i], budgets[i + 1])
-        return {"flops": flops, "D2": flops / moe, "then": one if gap[i] > 0 else other}
+    curves = {way: np.array([loss(way, flops) for flops in budgets]) for way in known}
+    swaps = {}
+    for one, other in itertools.combinations(known, 2):
+        gap, found = curves[one] - curves[other], []
+        for i in np.flatnonzero(np.sign(gap[:-1]) != np.sign(gap[1:])):
+            flops = brentq(lambda x, one=one, other=other: loss(one, x) - loss(other, x), budgets[i], budgets[i + 1])
+            found.append({"flops": flops, "D2": flops / moe, "then": one if gap[i] > 0 else other})
+        swaps[f"{one} = {other}"] = found
 
     ways = {way: loss(way, C) if way in known else None for way in every}
     return {
         "ways": ways,
         "best": min(known, key=ways.get),
-        "crossings": {f"{one} = {other}": crossing(one, other) for one, other in itertools.combinations(known, 2)},
+        "crossings": {pair: found[0] if found else None for pair, found in swaps.items()},
+        "swaps": swaps,
         "why_null": {way: why for way in every if way not in known},
         "tokens": tokens,
         "outside": {way: outside(model, **at) for way, (model, at) in known.items()},
@@ -167,7 +167,7 @@ def run_optimal(args):
     except ValueError as wrong:
         names = ", ".join(model.get("undetermined", []))
         raise ValueError(f"{wrong}" + f" (the fit's runs do not determine {names})" * bool(names)) from None
-    ends = band(model, lambda m: list(optimal(m, **flags).values()))
+    ends = band(model, lambda m: list(optimal(m, **flags).values()))  # the same over the refits
     bands = dict(zip(best, zip(*ends))) if ends else {}
     bands = {name: list(pair) for name, pair in bands.items() if name not in flags and name not in ("C", "g")}
     factors = outside(model, **{c: best[c] for c in columns(the.form)})
@@ -190,7 +190,7 @@ def run_budget(args):
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
     answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
-        answer["notes"].append("the published rows are of 8 experts, top-2: others change FLOPs, not coefficients")
+        answer["notes"].append("the published rows are of 8 experts, top-2. --top-k changes FLOPs, not coefficients")
     if args.plot:
         import plots
 
@@ -203,9 +203,12 @@ def run_budget(args):
         [way, answer["tokens"][way], L, answer["intervals"].get(way) or "", "<- best" * (way == answer["best"])]
         for way, L in answer["ways"].items()])
     print()
-    for pair, x in answer["crossings"].items():
-        where = x and f"at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g}); beyond it {x['then']} is better"
-        print(f"{pair}: {where or 'never, up to D2 = 1e13'}")
+    for pair, swaps in answer["swaps"].items():
+        for x in swaps:
+            where = f"{'again ' * (x is not swaps[0])}at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g})"
+            print(f"{pair}: {where}; beyond it {x['then']} is better")
+        if not swaps:
+            print(f"{pair}: never, up to D2 = 1e13")
     for way, factors in answer["outside"].items():
         laws.warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
     for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
@@ -224,7 +227,7 @@ def main(argv=None):
     add("--have-d", type=number, required=True, metavar="D1", help="its tokens so far (required)")
     add("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
     add = sub.add_argument_group("what it may become").add_argument
-    add("--experts", type=number, default=8, help="experts of the MoE (default: 8, the published fit)")
+    add("--experts", type=number, default=8, help="experts of the MoE, only checked against --top-k (default: 8)")
     add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
     add = sub.add_argument_group("coefficients").add_argument
     add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")

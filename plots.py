@@ -131,28 +131,28 @@ def plot_compare(path, runs, pairs):
 
 
 def plot_budget(path, answer, args):
-    """Each way's loss against the budget, with the crossings and the budget asked about."""
+    """Each way's loss against the budget, the budget asked about, and dots where two ways swap places. If that changes
+    the best way, the FLOPs stand below the dot: no curve lies there."""
     figure, axes = plt.subplots(figsize=(7.5, 5))
     budgets = np.array(answer["curves"]["flops"])
-    marks = [x["flops"] for x in answer["crossings"].values() if x] + [args.flops]
+    swaps = [(pair.split(" = "), x["flops"]) for pair, found in answer["swaps"].items() for x in found]
+    marks = [flops for _, flops in swaps] + [args.flops]
     near = (budgets > min(marks) / 10) & (budgets < max(marks) * 10)
     for i, way in enumerate(w for w in answer["curves"] if w != "flops"):
         loss, label = np.array(answer["curves"][way]), f"{way}: {answer['ways'][way]:.3f}"
         axes.plot(budgets[near], loss[near], color=COLOURS[i], ls=STYLES[i], lw=2, label=label)
         if answer["intervals"].get(way):
             axes.plot([args.flops] * 2, answer["intervals"][way], color=COLOURS[i], lw=4, alpha=0.4)
-    for i, (pair, x) in enumerate(answer["crossings"].items()):
-        if x:
-            loss = np.interp(x["flops"], budgets, answer["curves"][pair.split(" = ")[0]])
-            axes.plot(x["flops"], loss, "o", color="black", ms=5)
-            white = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8}
-            where = {"xytext": (8, 8) if i % 2 else (-8, -16), "ha": "left" if i % 2 else "right"}
-            axes.annotate(f"{x['flops']:.2g}", (x["flops"], loss), textcoords="offset points", bbox=white, **where)
+    for pair, flops in swaps:
+        at = {way: np.interp(flops, budgets, curve) for way, curve in answer["curves"].items() if way != "flops"}
+        axes.plot(flops, at[pair[0]], "o", color="black", ms=5)
+        if min(at, key=at.get) in pair:
+            axes.annotate(f"{flops:.2g}", (flops, at[pair[0]]), (-4, -14), textcoords="offset points", ha="right")
     axes.axvline(args.flops, color="black", lw=0.8, ls=":")
     axes.set(xscale="log", yscale="log", xlabel="further training FLOPs", ylabel="predicted L (nats a token)",
-             title=f"{args.have_n:.3g} parameters, {args.have_d:.3g} tokens so far; dots: crossings")
+             title=f"{args.have_n:.3g} parameters, {args.have_d:.3g} tokens so far; dots: two ways swap places")
     plain_ticks(axes.yaxis)
-    axes.legend(title=f"L at {args.flops:.3g} FLOPs")
+    axes.legend(title=f"L at {args.flops:.3g} FLOPs", loc="upper right")
     source = " ".join(args.fit) if args.fit else "published rows of arXiv 2502.03009, Table 2"
     asked = f"--have-n {args.have_n:g} --have-d {args.have_d:g} --flops {args.flops:g}"
     save(figure, path, f"plan.py budget {asked}; {source}")

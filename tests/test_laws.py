@@ -18,9 +18,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = {"fit": "laws", "predict": "laws", "optimal": "plan", "budget": "plan", "table": "runs", "compare": "runs"}
 
 
-ROOT = Path(__file__).parent.parent
-
-
 def run(*arguments, ok=True):
     """A script in a process of its own: stdout if ok, else stderr of a refusal."""
     script = ROOT / f"{SCRIPT.get(arguments[0], 'laws')}.py"
@@ -56,7 +53,8 @@ def synthetic(law, set=None, n=60, noise=0.01, seed=0, coefficients=None):
     """A run table drawn from a law inside the range of its paper."""
     the, rng = laws.row(law, set), np.random.default_rng(seed)
     fitted = {"C": (1e20, 1e22), "N_active": (1e8, 4e9), "D": (2e9, 2e11)} | the.fitted  # where the paper says nothing
-    table = {c: np.exp(rng.uniform(*np.log(fitted[c]), n)) for c in fitting.columns(the.form)}
+    ranges = {c: fitted.get(c, (1e8, 1e10)) for c in fitting.columns(the.form)}  # a law of your own may say nothing
+    table = {c: np.exp(rng.uniform(*np.log(ends), n)) for c, ends in ranges.items()}
     if "G" in table:
         table["G"] = 2.0 ** rng.integers(0, 5, n)
     exact = fitting.evaluate(the.form, coefficients or the.coefficients, **table)
@@ -367,7 +365,6 @@ def test_joint_law_at_a_fixed_number_of_experts_is_the_papers_table_4(E, m, mu, 
         assert loss("joint", N_active=N, D=D, E=E) - 1.3637 == pytest.approx(m * N**mu + n * D**nu, rel=3e-3)
     known = {1: 2.57760, 2: 2.55868, 4: 2.53516, 8: 2.50878, 16: 2.48139, 32: 2.45456}
     assert loss("joint", N_active=1e9, D=2e10, E=E) == pytest.approx(known[E], abs=5e-6)
-
 
 
 def test_help_opens_with_the_commands_and_lists_the_sets():

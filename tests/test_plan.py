@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_laws import EVERY, loss, refused, said, synthetic, write_table
+from test_laws import EVERY, loss, main, refused, said, synthetic, write_table
 from test_runs import make_run
 
 import laws
@@ -113,6 +113,20 @@ def test_plan_finds_the_upcycling_papers_crossings(N, crossings):
     for D1, D2 in zip((1e9, 1e10, 2e10, 1e11, 1e12), crossings):
         crossing = plan.budget(N, D1, 1e21)["crossings"]["upcycle = MoE from scratch"]
         assert crossing is None if D2 is None else crossing["D2"] == pytest.approx(D2, rel=4e-3)
+
+
+def test_plan_names_every_budget_at_which_two_ways_swap_places(capsys):
+    """With 7e11 tokens behind it the upcycled model loses to the MoE from scratch, and wins again later."""
+    answer = plan.budget(1e9, 7e11, 6e22)
+    swaps = answer["swaps"]["upcycle = MoE from scratch"]
+    assert [x["D2"] for x in swaps] == pytest.approx([1.329e12, 4.002e12], rel=1e-3)
+    assert [x["then"] for x in swaps] == ["MoE from scratch", "upcycle"] and answer["best"] == "upcycle"
+    assert answer["crossings"]["upcycle = MoE from scratch"] == swaps[0]
+    for x in swaps:
+        before, after = (plan.budget(1e9, 7e11, x["flops"] * factor)["best"] for factor in (0.95, 1.05))
+        assert before != after == x["then"]
+    main("budget", "--have-n", 1e9, "--have-d", 7e11, "--flops", 6e22)
+    assert "again at 4.002e+22 FLOPs (D2 of the MoE 4.002e+12); beyond it upcycle" in capsys.readouterr().out
 
 
 def test_plan_prefers_upcycling_below_the_crossing_and_scratch_above_and_has_no_law_for_stacking():
