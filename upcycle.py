@@ -38,8 +38,8 @@ Try, after `python train.py --tokens 1e6 --out out/dense` (2 minutes; it ends at
   2. --method drop with --drop-ratio 0.25, 0.5, 1. Then 0.5 with --top-k 8: nearly every old neuron is kept in some
      expert, so is the loss back at 1.761? (1.803, 1.917, 3.094. With eight 1.888: a neuron that half of the experts
      keep speaks at half its strength.)
-  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847: both
-     take two copies of the best expert only.)
+  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847: the
+     last two take two copies of the best expert only.)
 """
 
 import argparse
@@ -75,8 +75,8 @@ ROUTER_STD = 0.02  # of a router for a dense model; the copies of a mixture keep
 class Recipe:
     """How to upcycle the models of Config `source`, dense or mixture. What is None is settled by the source.
 
-    Raises ValueError where the recipe cannot be followed. METHOD_ratio is the share of neurons that a method changes.
-    Its other options are METHOD_WORD too."""
+    Raises ValueError where the recipe cannot be followed. Options of a method are called METHOD_ and one word;
+    METHOD_ratio is the share of neurons that it changes."""
 
     source: Config
     experts: int
@@ -169,7 +169,7 @@ class Recipe:
 
     def dtype(self, stored):
         """`stored`, where it holds the result exactly, or else fp32."""
-        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)  # frexp(2^n) is (0.5, n + 1)
+        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)  # frexp: 0.5 times 2^n
         held = self.method in EXACT or not self.changed(self.source.intermediate_size)
         return stored if powers_of_two and held else torch.promote_types(stored, torch.float32)
 
@@ -311,9 +311,9 @@ def command_line():
     add("--experts", type=int, required=True, help="full-width experts a layer; a multiple of a mixture's")
     add("--top-k", type=int, required=True, help="full-width experts a token; of a mixture the same, or the multiple")
     add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or the mixture's)")
-    add("--router", choices=moe.ROUTERS, help=f"choice and softmax in order (default: {Config.router}, or the mixture's)")
-    add("--router-std", type=float, help=f"deviation of what is random in new rows (default: {ROUTER_STD}, of a mixture 0)")
-    add("--scale", choices=SCALES, help=f"exact: the same output; cube-root: as published; none (default: {Recipe.scale})")
+    add("--router", choices=moe.ROUTERS, help=f"how choices are scored (default: {Config.router}, or the mixture's)")
+    add("--router-std", type=float, help=f"deviation of noise in new rows (default: {ROUTER_STD}; 0 for a mixture)")
+    add("--scale", choices=SCALES, help=f"keep the output exactly, as published, or not (default: {Recipe.scale})")
     add = parser.add_argument_group("experts").add_argument
     add("--method", choices=METHODS, help=f"how the copies are made to differ (default: {Recipe.method})")
     add("--drop-ratio", type=float, help=f"drop: share of neurons drawn anew (default: {Recipe.drop_ratio})")
