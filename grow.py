@@ -1,28 +1,30 @@
 """Growing: a trained small model becomes a deeper or a wider one, in one step.
 
-A large model that starts from random numbers first learns what a small one knows already. So train the small one, build
-the large one out of its weights, and train on. "Stacking Your Transformers" (2405.15319) names the ways to do it.
+A large model that starts from random numbers first learns what a small one knows. So train the small one, build the
+large one out of its weights, and train on. "Stacking Your Transformers" (2405.15319) names ways; ligo.py learns one.
 
 Depth. The new layers are a list of old ones. A factor makes the list, or `--layers` gives it.
 
-    direct    0 1 2 0 1 2       The stack again: another function, and yet the best start, the paper finds.
+    direct    0 1 2 0 1 2       The stack again: another function. The paper's best start (but not at once: see 1).
     zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
     random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
 
-Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay.
+Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay. W is
+any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as W's. [W; W]: W twice.
 
-    direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]
+    direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]        (k = 2; else k shares)
     zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
-    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1], open = d + c (D - d)
+    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1]
 
-W is any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as those of W.
+A mask multiplies the new by c. open = d + c (D - d) dimensions count. New gains may be 1: at first they multiply 0.
 
-Direct by hand, for k = 2. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
+Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
     a = 1/4  1/2      a U = 1/4   1      (1 - a) U = 3/4   1
-        1/2  1/4            3/2   1                  3/2   3       W' x' = [a U, (1 - a) U] (1, 1, 1, 1)
-        1/2  3/4            1/2  3/2                 1/2  1/2            = (3, 7, 3, 7) = [W x, W x]
+        1/2  1/4            3/2   1                  3/2   3
+        1/2  3/4            1/2  3/2                 1/2  1/2
         1/4  1/2            3/4   2                  9/4   2
+    W' x' = [a U, (1 - a) U] (1, 1, 1, 1) = (3, 7, 3, 7) = [W x, W x]
 
 All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp64 (random: as long as c is 0).
 
@@ -32,13 +34,12 @@ All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp6
     python grow.py SRC DST --axis width --operator direct --factor 2           # every neuron twice; or zero
     python grow.py SRC DST --axis width --operator random --factor 2           # then train.py --init DST --mask-steps N
 
-Left out: several hops (worse than one, says the paper), Adam's moments, and copies of a part of the width (bert2BERT,
-not exact). upcycle.py makes more experts, ligo.py learns how to grow.
+Left out: several hops (worse than one, says the paper), Adam's moments, copies of a part of the width (bert2BERT).
 
 Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
-  1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once, which after 2e5
-     tokens? `python train.py --init FOLDER --tokens 0` evaluates. (At once 2.193, 2.178, 2.119; then 2.034, 2.030,
-     1.976. The base left small has 1.981 by then, at half the cost: it was too early to grow.)
+  1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once (evaluate with
+     `python train.py --init FOLDER --tokens 0`), which after 2e5 tokens? (Stack 2.193, interpolated 2.178, zero 2.119;
+     then 2.034, 2.030, 1.976. The base left small has 1.981 by then, at half the cost: it was too early to grow.)
   2. The paper prints the gain of width-direct times sqrt(d / D). Write so: `copy = lambda g: g.repeat(k) * k**-0.5`.
      (2.300 in the place of 2.119. Copies have the root mean square of x: now each block reads too small numbers.)
   3. Set SPREAD to 0, grow with width-direct, train for 1e5 tokens and compare the halves of the embedding:
@@ -85,7 +86,7 @@ def look_up(table, name):
     """The entry of a table such as ROLES for the tensor of that name. Raises ValueError if there is none."""
     _, _, matrix, kind = place(name)
     if f"{matrix}.{kind}" not in table:
-        raise ValueError(f"growth does not know the tensor {name} (one line for {matrix}.{kind} in each table of it)")
+        raise ValueError(f"growth does not know the tensor {name} (add {matrix}.{kind} to ROLES and ligo's SIDES)")
     return table[f"{matrix}.{kind}"]
 
 
@@ -110,8 +111,8 @@ def whole(name, size, factor):
 
 
 def layer_map(L, operator, factor, layers=None):
-    """The list that growth in depth is: new layer i copies layer list[i] of L; `layers`, if given, after a check.
-    zero and random put the new ones behind old ones, evenly spread; the others repeat the stack. Raises ValueError."""
+    """New layer i copies old layer list[i]. `layers`, if given, is checked. zero and random put new layers behind old
+    ones (3 -> 6: 0 0 1 1 2 2; 4 -> 5: 0 1 2 3 3), direct and learn repeat the stack. Raises ValueError."""
     if layers is None:
         n = whole("num_hidden_layers", L, factor)
         return [((i + 1) * L - 1) // n if operator in INSERTING else i % L for i in range(n)]
@@ -121,8 +122,7 @@ def layer_map(L, operator, factor, layers=None):
     if len(layers) <= L:
         raise ValueError(f"{len(layers)} layers do not grow a source of {L} (a longer list)")
     if operator in INSERTING and list(dict.fromkeys(layers)) != list(range(L)):
-        right = f"0-{L - 1} first occur all and in order (or direct)"
-        raise ValueError(f"operator {operator} keeps the function only if {right}")
+        raise ValueError(f"operator {operator} keeps the function if all of 0-{L - 1} first occur in order (or direct)")
     return list(layers)
 
 
@@ -132,8 +132,7 @@ def retention(layers):
 
 
 def lineage_step(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
-    """What run.json says of growing the model of `config`: factor and layers resolved, width without layers.
-    Raises ValueError."""
+    """What run.json says of growing: factor and layers, both filled in (layers: None for width). Raises ValueError."""
     if axis not in AXES:
         raise ValueError(f"axis is {axis!r} ({' or '.join(AXES)})")
     if axis == "width" and layers is not None:
@@ -156,7 +155,7 @@ def grown_config(config, entry):
     else:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         grown = replace(config, **{n: whole(n, getattr(config, n), entry["factor"]) for n in names})
-        if entry["operator"] in INSERTING:  # k times the numbers with the same sum of squares: eps shrinks alike
+        if entry["operator"] in INSERTING:  # the mean square of [x, 0] is 1/k of that of x, so eps must be too
             grown.rms_norm_eps = config.rms_norm_eps / entry["factor"]
     grown.check()
     return grown
@@ -190,8 +189,8 @@ def width_direct(name, entry, config):
     k = entry["factor"]
 
     def divide(U, shape=None):
-        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. One a for all entries would make the gradients
-        of the copies proportional. Adam is blind to scale: it would leave them copies for ever."""
+        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. With one a for all entries, the gradients of
+        copies would be multiples of each other. Adam ignores the factor, so copies would stay copies."""
         spread = random_numbers(name, (k - 1, *(shape or U.shape)), entry["seed"], like=U.new_ones(1))
         shares = (1 + SPREAD * spread) / k
         return torch.cat([U * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
@@ -209,8 +208,9 @@ def width_direct(name, entry, config):
 
 
 def width_insert(name, entry, config):
-    """x' = [x, 0]: new dimensions write to old ones (A) and to new ones (C), old ones do not yet write to new ones. The
-    first update moves the 0 of v_proj, o_proj and down_proj, the next ones all others. Of random A and C are 0 too."""
+    """x' = [x, 0]. The lower left of W' is 0, so new dimensions stay 0 at first. A and C read only those zeros, so they
+    may be anything. Training starts at the 0 of the embedding, v_proj, o_proj and down_proj (tied: not the last
+    down_proj); q, k, gate and up follow. Of random A and C are 0 too."""
     k = entry["factor"]
     shrink = math.sqrt(1 / k)  # sqrt(d/D): of [x, 0] the mean square is d/D of that of x (the official code has d/D)
 
@@ -229,7 +229,7 @@ def width_insert(name, entry, config):
     pad = lambda t: F.pad(t, (0, round(t.shape[-1] * k) - t.shape[-1]))
     gain = lambda g: torch.cat((g * shrink, g.new_ones(round(len(g) * k) - len(g))))
     wider = partial(border, more_rows=False)
-    # QK-norm is over a head, which stays, but config.json has one eps' = eps / k for all norms: q and k shrink with it.
+    # config.json has one eps for all norms, and it is now eps / k. So with QK-norm q and k must shrink by sqrt(k) too.
     scores = partial(border, scale=shrink) if config.qk_norm else border
     return [name], {
         "embedding": pad, "words": wider, "router": wider,
@@ -247,11 +247,11 @@ OPERATORS = tuple(dict.fromkeys(operator for _, operator in FORMULAS))
 
 
 def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=1):
-    """What grows a model of Config `config`: its operators.Operator. Raises ValueError for what cannot be built, or not
-    exactly where it is promised."""
+    """What grows a model of Config `config`: its operators.Operator. Raises ValueError for what cannot be built, or
+    would not keep the function."""
     entry = lineage_step(config, axis, operator, factor, layers, seed)
     if (axis, operator) not in FORMULAS:
-        raise ValueError(f"operator is {operator!r} ({', '.join(OPERATORS)})")
+        raise ValueError(f"operator is {operator!r} ({', '.join(o for a, o in FORMULAS if a == axis)})")
     formula = partial(FORMULAS[axis, operator], entry=entry, config=config)
     # Depth copies. Width makes products, which bf16 does not hold (0.04 on the logits).
     dtype = same if axis == "depth" else partial(torch.promote_types, torch.float32)
@@ -294,10 +294,10 @@ class Mask:
 
     def __init__(self, module, entry, updates, draw=True):
         self.module, self.entry, self.updates, self.masked = module, entry, updates, []
-        self.c = torch.zeros_like(module.lm_head.weight[0, 0])
+        self.c = torch.zeros_like(module.lm_head.weight[0, 0])  # a scalar on the model's device, in its dtype
         state = module.state_dict()
         closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
-        tensors = dict(unpack(module.config, state))
+        tensors = dict(unpack(module.config, state))  # views, as `where`: writing into them writes into the state
         for name, where in unpack(module.config, closed):
             self.close(name, where)
             if draw and where.any():
@@ -326,19 +326,20 @@ class Mask:
             case "bias":
                 return
             case "gain" | "last gain":
-                t *= math.sqrt(self.entry["factor"])  # the mask divides by it again, for as long as c is 0
+                t *= math.sqrt(self.entry["factor"])  # width only; the mask divides by it again while c is 0
                 t[where] = 1
             case _:
-                like = t[~where]
-                if layers:  # a block that is all new: like the one that it follows
+                if layers:  # depth: a block that is all new, like the one that it follows
                     like = tensors[at_layer(name, layers.index(layers[place(name).layer]))]
+                else:
+                    like = t[~where]
                 t[where] = random_numbers(name, t.shape, self.entry["seed"], like)[where]
 
     def hide(self, owner, attribute, where):
-        """From now on owner.attribute is mask x raw."""
+        """From now on owner.attribute is mask x raw. Weight and bias nest their classes; `open` unwinds in reverse."""
         c, k, plain = self.c, self.entry["factor"], type(owner)
 
-        def masked(self):
+        def masked(self):  # as a property of the class it wins over nn.Module's __getattr__
             raw = self._parameters[attribute]
             if isinstance(self, model.RMSNorm):
                 return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): the norm is over the open dimensions
@@ -372,7 +373,7 @@ def ranges(text):
     """'0-2,5' -> [0, 1, 2, 5]"""
     layers = []
     for part in text.split(","):
-        ends = [int(n) for n in part.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", part) else [1, 0]
+        ends = [int(n) for n in part.split("-")] if re.fullmatch(r"\d{1,5}(-\d{1,5})?", part) else [1, 0]  # refused
         if ends[-1] < ends[0]:
             raise argparse.ArgumentTypeError(f"{part!r} is no layer and no range of layers (such as 0-23,8-31)")
         layers += range(ends[0], ends[-1] + 1)
@@ -400,8 +401,7 @@ def make_parser(file, usage, document, after):
 def main(argv=None):
     after = "When to grow, and by how much: python plan.py optimal stacking --N 8e9 --D 15e12"
     parser, add = make_parser("grow.py", "--axis AXIS --operator OPERATOR", __doc__, after)
-    add("--operator", choices=OPERATORS, required=True, help="copy, add what does nothing yet, or add random numbers "
-        "behind a mask (required)")  # fmt: skip
+    add("--operator", choices=OPERATORS, required=True, help="copies, zeros, or masked random numbers (required)")
     args = parser.parse_args(argv)
     try:
         print("written:", grow_folder(**vars(args)))

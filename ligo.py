@@ -6,7 +6,7 @@ What is left is an ordinary model, and its training goes on from there.
 
 Depth. Each tensor of a new layer i is a sum over the old layers j, with weights w of its own:
 
-    W'_i = sum_j w_ij W_j         at the start w is the stack (1 where j = i mod L, else 0) plus a little noise
+    W'_i = sum_j w_ij W_j         at the start w is 1 where j = layers[i], else 0, plus a little noise
 
 Width. One matrix B maps the residual stream, x' = B x. Each layer has others for its heads and for its MLP:
 

@@ -6,14 +6,15 @@
     python upcycle.py MIXTURE DST --experts 16 --top-k 4                  # two copies of each of 8 experts
 
 Every expert begins as a copy of the dense layer's MLP (Sparse Upcycling, 2212.05055). Only the router is new. Its rows
-are random, so the experts get different tokens and grow apart. The scores s_e of a topk-softmax router sum to one, so
-a token gets what it got before, whichever copies it chooses:  sum_e s_e MLP(x) = MLP(x).
+are random, so the experts get different tokens and grow apart. A topk-softmax router chooses first, then takes the
+softmax of the chosen: the scores s_e sum to one. So a token gets what it got before, whichever copies it chooses:
+sum_e s_e MLP(x) = MLP(x). (softmax-topk takes the softmax first, and the sum is smaller: see Recipe.factor.)
 
 Granularity G cuts each copy into G parts (2410.07524). The parts of a copy have equal router rows: their logits tie,
 and they are chosen together. Each has 1/G of the copy's score, so down_proj is multiplied by G. By hand: four neurons
 give MLP(x) = 1 + 2 + 3 + 4 = 10. Three copies with the logits 2, 1 and 3 are cut into two parts each.
 
-    logits     2    2    1    1    3    3      top_k 2: a token chooses both parts of the third copy and of the first
+    logits     2    2    1    1    3    3      top_k 2, so K = 4 parts: both of the third copy, both of the first
     scores   .13  .13            .37  .37      softmax of 2 2 3 3
     parts    1+2  3+4  1+2  3+4  1+2  3+4      y = 2 (.13 * 3 + .13 * 7 + .37 * 3 + .37 * 7) = 10
 
@@ -24,20 +25,21 @@ give 10 and 20, and their scores are 3/4 and 1/4 (logits log 3 and 0). There are
     --top-k doubled       (3/8 + 3/8) * 10 + (1/8 + 1/8) * 20 = 12.5      exactly the same function
     --top-k as before     (1/2 + 1/2) * 10 = 10                           two copies of the best expert: the second
                                                                           best is lost until the copies differ
-The paper keeps top_k, so that a token costs what it cost. Copies that are equal in all and get the same tokens stay
-equal in training. --router-std or --method tells them apart, and leaves the first copy of each expert as it is.
+The paper keeps top_k, so that a token costs what it cost. Identical copies that get the same tokens stay identical in
+training. --router-std or --method tells them apart, and leaves the first copy of a mixture's expert as it is.
 
 Left out: upcycling every other layer (2212.05055); choosing the experts to copy by their gradients (2604.19835);
 different models as experts; the optimizer's state (2212.05055: it helps vision, not language).
 
 Try, after `python train.py --tokens 1e6 --out out/dense` (2 minutes; it ends at a loss of 1.761), with
 `python upcycle.py out/dense out/x --experts 8 --top-k 2` and `python train.py --init out/x --tokens 0`:
-  1. Add --granularity 4, and --scale exact, cube-root or none. (1.761 again; 1.765; 2.133. The published factor is a
-     small mistake for a model this small; no factor is a large one.)
+  1. Add --granularity 4, and --scale exact, cube-root or none. (1.761 again; 1.765; 2.133. cube-root is the
+     published factor: right for a squared ReLU, not for SwiGLU.)
   2. --method drop with --drop-ratio 0.25, 0.5, 1. Then 0.5 with --top-k 8: nearly every old neuron is kept in some
      expert, so is the loss back at 1.761? (1.803, 1.917, 3.094. With eight 1.888: a neuron that half of the experts
      keep speaks at half its strength.)
-  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847.)
+  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847: the
+     last two take two copies of the best expert only.)
 """
 
 import argparse
@@ -59,10 +61,12 @@ import moe
 import operators
 from model import Config
 
-# E and K count what is there after the cut, as in moe.py: E = experts G, K = top_k G. D is hidden, m the copies of each
-# expert. The names experts, top_k and intermediate_size count full-width experts, before the cut.
+# As in moe.py, E = experts * G and K = top_k * G count experts after the cut; the names experts, top_k and
+# intermediate_size count before it. D is hidden, m the copies of each expert.
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+UNCHANGED = ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm",
+             "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")  # fmt: skip
 SCALES = ("exact", "cube-root", "none")
 ROUTER_STD = 0.02  # of a router for a dense model; the copies of a mixture keep their rows
 
@@ -71,8 +75,8 @@ ROUTER_STD = 0.02  # of a router for a dense model; the copies of a mixture keep
 class Recipe:
     """How to upcycle the models of Config `source`, dense or mixture. What is None is settled by the source.
 
-    Raises ValueError where the recipe cannot be followed. The options of a method begin with its name; METHOD_ratio is
-    the share of neurons that it changes."""
+    Raises ValueError where the recipe cannot be followed. Options of a method are called METHOD_ and one word;
+    METHOD_ratio is the share of neurons that it changes."""
 
     source: Config
     experts: int
@@ -92,26 +96,25 @@ class Recipe:
         if mixture:
             self.check_mixture()
         before = self.source if mixture else Config()
-        for name, default in dict(granularity=before.granularity, router=before.router).items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        self.granularity = before.granularity if self.granularity is None else self.granularity
+        self.router = before.router if self.router is None else self.router
         if self.router_std is None:
             self.router_std = 0.0 if mixture else ROUTER_STD
-        for name, allowed in (("method", METHODS), ("scale", SCALES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r} ({', '.join(allowed)})")
-        ratios = {name: (0, 1) for name in vars(self) if name.endswith("_ratio")}
-        for name, (low, high) in (dict(experts=(1, 2**20), noise_std=(0, 100)) | ratios).items():
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r} ({', '.join(METHODS)})")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale is {self.scale!r} ({', '.join(SCALES)})")
+        limits = dict(experts=(1, 2**20), drop_ratio=(0, 1), noise_ratio=(0, 1), noise_std=(0, 100))
+        for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)} ({low} to {high})")
         if not (self.router_std == 0 or 1e-4 <= self.router_std <= 100):
             raise ValueError(f"router_std is {self.router_std} (0, or 1e-4 to 100: what bf16 and fp16 hold)")
         self.config.check()
         if self.router_std == 0 and self.cut > 1:
-            raise ValueError(
-                f"router_std is 0 with granularity {self.granularity}: all logits tie, and which parts of which "
-                "copy a token gets is left to the reader's top-k (router_std above 0, such as 0.02)"
-            )
+            why = "all logits tie, and what a token gets depends on how the loading program breaks ties"
+            right = "router_std above 0, such as 0.02"
+            raise ValueError(f"router_std is 0 with granularity {self.granularity}: {why} ({right})")
 
     def check_mixture(self):
         """What a mixture's copies leave no choice about."""
@@ -149,14 +152,15 @@ class Recipe:
         return 0 if nothing else int(getattr(self, f"{self.method}_ratio") * neurons)
 
     def factor(self, matrix):
-        """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size.
-
-        Copies add amplitudes, for they agree; independent experts add variances, see moe.output_scale."""
-        before = self.source.top_k if self.source.experts else 1
-        size = {
-            "topk-softmax": self.cut,  # scores sum to one, whatever is chosen; the parts of a copy share its score
-            "softmax-topk": self.cut * self.copies * before / self.top_k,  # 1/m of a score, for equal logits
-        }[self.router]
+        """The number that gate_proj, up_proj or down_proj is multiplied by, so that the output keeps its size."""
+        if self.source.experts:
+            m, before = self.copies, self.source.top_k
+            size = {
+                "topk-softmax": 1,  # the chosen scores sum to one, as before
+                "softmax-topk": m * before / self.top_k,  # equal logits: they sum to top_k / (m before) of the old sum
+            }[self.router]
+        else:
+            size = moe.copy_scale(self.experts, self.top_k, self.granularity, self.router)
         return {
             "exact": size if matrix == "down_proj" else 1,  # SwiGLU is linear in down_proj, and in nothing else
             "cube-root": size ** (1 / 3),  # as published: right for a squared ReLU, s^3 relu(a)^2, wrong for SwiGLU
@@ -165,7 +169,7 @@ class Recipe:
 
     def dtype(self, stored):
         """`stored`, where it holds the result exactly, or else fp32."""
-        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)
+        powers_of_two = all(math.frexp(self.factor(matrix))[0] == 0.5 for matrix in MATRICES)  # frexp: 0.5 times 2^n
         held = self.method in EXACT or not self.changed(self.source.intermediate_size)
         return stored if powers_of_two and held else torch.promote_types(stored, torch.float32)
 
@@ -173,11 +177,11 @@ class Recipe:
         """What the lineage says: all but the options of other methods."""
         fields = {k: v for k, v in asdict(self).items() if k != "source"}
         others = METHODS.keys() - {self.method}
-        return {"step": "upcycle"} | {k: v for k, v in fields.items() if k.split("_")[0] not in others}
+        return {"step": "upcycle"} | {k: v for k, v in fields.items() if k.rpartition("_")[0] not in others}
 
 
 def parse(text):
-    """"8x2" -> (8, 2): experts and experts a token."""
+    """"8x2" -> (8, 2): experts and experts a token, for train.py's --upcycle. Raises ValueError."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match:
         raise ValueError(f"--upcycle {text!r} is not EXPERTSxTOP_K (such as 8x2)")
@@ -188,8 +192,8 @@ def parse(text):
 
 
 def normal(what, layer, number, shape, std, r):
-    """Random numbers that depend on (seed, layer, expert, matrix) alone: folder, module and rank get the same bits. A
-    mixture that is upcycled with the seed it was made with gets other ones."""
+    """Random numbers that depend on seed, layer, expert and matrix alone: a folder, a module and each GPU get the same
+    bits. They depend on the source's expert count too: upcycling twice with one seed draws new numbers."""
     made = f"upcycled from {r.source.experts}" if r.source.experts else "upcycled"
     return model.normal(shape, std, r.seed, layer, number, f"{made} {what}")
 
@@ -207,7 +211,7 @@ def drop(W_S, draw, r):
 
     The paper's code draws S anew for each of gate, up and down, which spoils 1 - (1 - ratio)^3 of the neurons: at 1/2,
     seven of eight. Here S is one for all three, and a neuron is old or new."""
-    std, mean = (s.float().item() for s in torch.std_mean(W_S.double()))  # a sum in fp32 depends on the threads
+    std, mean = (s.float().item() for s in torch.std_mean(W_S.double()))  # fp64: an fp32 sum depends on the threads
     return short(draw(std) + mean)
 
 
@@ -233,12 +237,13 @@ def router(layer, r, w_ED=None):
 
 
 def copy(w, matrix, layer, number, r):
-    """Copy `number` of the matrix w, gate or up (neurons, D) or down (D, neurons), as a tuple of parts."""
+    """The parts of a copy of w: gate or up (neurons, D) or down (D, neurons), which comes in the dtype of the result.
+    number: of the copy, or of one part of it if the source is a mixture."""
     axis = 1 if matrix == "down_proj" else 0  # of the neurons
     size = w.shape[axis]
     first = r.source.experts and number // r.granularity % r.copies == 0  # of a mixture the first copy stays as it is
     if r.changed(size) and not first:
-        S = normal("neurons", layer, number, (size,), 1, r).argsort(stable=True)[: r.changed(size)]
+        S = normal("neurons", layer, number, (size,), 1, r).argsort(stable=True)[: r.changed(size)]  # a random choice
         W_S = w.index_select(axis, S)
         other = METHODS[r.method](W_S, lambda std: normal(matrix, layer, number, W_S.shape, std, r), r)
         w = w.index_copy(axis, S, other.to(w.dtype))
@@ -248,27 +253,26 @@ def copy(w, matrix, layer, number, r):
 
 
 def operator(config, experts, top_k, **options):
-    """The operators.Operator that upcycles models of Config `config`. options: the other fields of Recipe.
-
-    Raises ValueError on a recipe that cannot be followed."""
+    """The operators.Operator that upcycles models of Config `config`. options: the other fields of Recipe. Raises
+    ValueError on a recipe that cannot be followed."""
     r = Recipe(config, experts, top_k, **options)
-    kept = 2 if r.cut > 1 else 0  # a copy of gate and one of up serve r.cut tensors in turn
-    parts = functools.lru_cache(maxsize=kept)(functools.partial(copy, r=r))
+    cached = 2 if r.cut > 1 else 0  # r.cut parts come from one copy, and gate and up take turns
+    parts = functools.lru_cache(maxsize=cached)(functools.partial(copy, r=r))
 
     def formula(name):
+        """([names of the old tensors], a function of them that gives the new tensor `name`)."""
         layer, i, matrix, kind = checkpoint.place(name)
         match kind, matrix, i:
             case "weight", "gate", None:
                 return [name] if r.source.experts else [], lambda *w: router(layer, r, *w)
             case "weight", "gate_proj" | "up_proj" | "down_proj", int():
-                prefix, (e, g) = f"model.layers.{layer}.mlp", divmod(i, r.granularity)
+                e, g = divmod(i, r.granularity)  # which new expert, which part of it
+                number, part = divmod(i, r.cut)  # which copy to make, which piece of it
+                prefix = f"model.layers.{layer}.mlp"
                 if r.source.experts:  # copies are neighbours: expert e is made of expert e // m
                     prefix += f".experts.{e // r.copies * r.granularity + g}"
-                number, part = divmod(i, r.cut)
                 return [f"{prefix}.{matrix}.weight"], lambda w: parts(w, matrix, layer, number)[part]
-            case "weight", "embed_tokens" | "norm" | "lm_head" | "input_layernorm" | "post_attention_layernorm", None:
-                return [name], lambda w: w
-            case "weight", "q_proj" | "k_proj" | "v_proj" | "o_proj" | "q_norm" | "k_norm", None:
+            case "weight", _, None if matrix in UNCHANGED:
                 return [name], lambda w: w
         raise ValueError(f"upcycling has no rule for the tensor {name} (add one to the formula in upcycle.py)")
 
@@ -284,9 +288,7 @@ def upcycle(module, experts, top_k, **options):
 def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=operators.SHARD_SIZE, **options):
     """Makes the checkpoint folder dst from src, a folder or a public model's name. Returns (Operator, dtype, bytes).
 
-    source_tokens: what a public source was trained on; shard_size: bytes a file at most (a larger tensor has its own).
-    Everything is checked before anything is written, and dst appears only when it is whole. Raises ValueError,
-    FileNotFoundError, or OSError if writing fails."""
+    options: the other fields of Recipe. source_tokens, shard_size (bytes) and errors: as operators.apply_to_folder."""
     src = checkpoint.find(src)
     made = operator(checkpoint.read_config(src), experts, top_k, **options)
     return made, *operators.apply_to_folder(src, dst, made, source_tokens, shard_size)
@@ -296,31 +298,22 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=oper
 
 
 def command_line():
-    parser = model.Parser(
-        prog="upcycle.py",
-        usage="upcycle.py SRC DST --experts E --top-k K [flags]",
-        description="From a checkpoint folder to a mixture of more experts.\n\n"
-        + "\n".join(line[2:] for line in __doc__.splitlines() if line.startswith("    python upcycle.py")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # what is not given takes the default of Recipe
-    )
+    commands = "\n".join(line[2:] for line in __doc__.splitlines() if line.startswith("    python upcycle.py"))
+    parser = model.Parser("upcycle.py", "upcycle.py SRC DST --experts E --top-k K [flags]", commands,
+                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                          argument_default=argparse.SUPPRESS)  # fmt: skip  # what is not given takes Recipe's default
     add = parser.add_argument_group("folders").add_argument
-    add("src", metavar="SRC", help="checkpoint folder, ours or a public Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE "
-        "one, or a public model's name such as Qwen/Qwen3-0.6B-Base")  # fmt: skip
+    add("src", metavar="SRC", help="checkpoint folder, ours or a public one, or a public model's name (ORG/NAME)")
     add("dst", metavar="DST", help="folder to make; it must not exist")
     add("--source-tokens", type=float, help="tokens a public SRC was trained on, such as 2e12 (default: unknown)")
     add("--shard-size", type=float, help=f"bytes of a weights file at most (default: {operators.SHARD_SIZE:g})")
     add = parser.add_argument_group("mixture").add_argument
     add("--experts", type=int, required=True, help="full-width experts a layer; a multiple of a mixture's")
     add("--top-k", type=int, required=True, help="full-width experts a token; of a mixture the same, or the multiple")
-    add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or that of the mixture SRC)")
-    add("--router", choices=moe.ROUTERS, help=f"order of softmax and choice (default: {Config.router}, or that of the "
-        "mixture SRC)")  # fmt: skip
-    add("--router-std", type=float, help="deviation of the random part of the new router rows (default: "
-        f"{ROUTER_STD}; 0 if SRC is a mixture)")  # fmt: skip
-    add("--scale", choices=SCALES, help="factor that keeps the output's size: on down_proj, its cube root on all three "
-        f"matrices as published (not exact), or none (default: {Recipe.scale})")  # fmt: skip
+    add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or the mixture's)")
+    add("--router", choices=moe.ROUTERS, help=f"how choices are scored (default: {Config.router}, or the mixture's)")
+    add("--router-std", type=float, help=f"deviation of noise in new rows (default: {ROUTER_STD}; 0 for a mixture)")
+    add("--scale", choices=SCALES, help=f"keep the output exactly, as published, or not (default: {Recipe.scale})")
     add = parser.add_argument_group("experts").add_argument
     add("--method", choices=METHODS, help=f"how the copies are made to differ (default: {Recipe.method})")
     add("--drop-ratio", type=float, help=f"drop: share of neurons drawn anew (default: {Recipe.drop_ratio})")
@@ -343,7 +336,7 @@ def main(argv=None):
     try:
         method = given.get("method", Recipe.method)
         for name in given:
-            if (owner := name.split("_")[0]) in METHODS and owner != method:
+            if (owner := name.rpartition("_")[0]) in METHODS and owner != method:
                 raise ValueError(f"--{name.replace('_', '-')} has no use with --method {method} (--method {owner})")
         made, dtype, size = upcycle_folder(**given)
     except (ValueError, OSError, KeyboardInterrupt) as error:
@@ -354,7 +347,7 @@ def main(argv=None):
     experts = f"{config.experts * G} experts of width {config.intermediate_size // G}, {config.top_k * G} a token"
     print(f"written: {dst}  ({experts}; {size / 1e9:.3f} GB, {str(dtype).removeprefix('torch.')})")
     if G > 1 and dtype.itemsize < 4:
-        print("note: a reader that routes in this dtype splits a copy now and then; in float32 none does")
+        print("note: a program that routes in this dtype splits a copy now and then; in float32 none does")
     if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
         print("note: equal copies that get the same tokens stay equal (--router-std 0.02, --method noise or drop)")
     print(f"next: python train.py --init {dst}")

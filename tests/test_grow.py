@@ -133,7 +133,8 @@ def test_equal_experts_stay_equal_so_that_ties_fall_as_before():
 def test_new_heads_get_the_biases_of_their_originals_or_none():
     small = make("qwen2")
     old = small.model.layers[2].self_attn
-    direct, zero, random = (grow.grow(small, "width", o, 2).model.layers[2].self_attn for o in grow.OPERATORS)
+    names = ("direct", "zero", "random")
+    direct, zero, random = (grow.grow(small, "width", o, 2).model.layers[2].self_attn for o in names)
     for n in ("q_proj.bias", "k_proj.bias", "v_proj.bias"):
         b = old.get_parameter(n)
         assert torch.equal(direct.get_parameter(n), torch.cat((b, b)))
@@ -147,6 +148,12 @@ def test_new_heads_get_the_biases_of_their_originals_or_none():
 def test_a_tensor_that_growth_does_not_know_is_refused_by_name(name, how):
     with pytest.raises(ValueError, match=re.escape(name)):
         grow.growth(make().config, **ALL[how]).formula(f"model.layers.1.{name}")
+
+
+def test_a_refusal_names_the_operators_of_the_axis_alone(monkeypatch):
+    monkeypatch.setitem(grow.FORMULAS, ("depth", "half"), grow.depth)
+    with pytest.raises(ValueError, match=r"operator is 'half' \(direct, zero, random\)"):
+        grow.growth(make().config, "width", "half")
 
 
 @pytest.mark.parametrize("how", ["depth-zero", "width-zero"])

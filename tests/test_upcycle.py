@@ -476,6 +476,12 @@ def test_lineage_of_our_own_folder_goes_on(tmp_path):
     assert run["lineage"][1]["drop_ratio"] == 0.25 and "noise_std" not in run["lineage"][1]
 
 
+def test_a_method_may_have_the_name_of_a_field_and_the_lineage_keeps_that_field(monkeypatch):
+    monkeypatch.setitem(upcycle.METHODS, "scale", upcycle.noise)
+    entry = upcycle.operator(Config(**SMALL), 4, 2).entry
+    assert entry["scale"] == "exact" and "noise_std" not in entry
+
+
 def test_eight_by_two_is_parsed():
     assert upcycle.parse("8x2") == (8, 2) and upcycle.parse("64x16") == (64, 16)
     for text in ("8", "8x", "x2", "8x2x1", "-8x2", "8 x 2", ""):
@@ -536,7 +542,7 @@ BAD = {  # name: (what happens to the source, flags, words of the message)
     "whole numbers": (lambda f: tensors(f, lambda s: [s.update({n: s[n].char()}) for n in s]), "", "is I8 of shape"),
     "killed while saving": (killed, "", "train.py --resume --out"),
     "a torn run.json": (lambda f: checkpoint.write_json(f / "run.json", {"lineage": []}), "", "has no lineage"),
-    "tokens of our own": (own, "--source-tokens 1e9", "leave it out for our own"),
+    "tokens of our own": (own, "--source-tokens 1e9", "leave it out: it is for a public source"),
     "negative tokens": (nothing, "--source-tokens -1", "source_tokens is -1.0"),
     "no experts": (nothing, "--experts 0", "experts is 0"),
     "top-k above experts": (nothing, "--top-k 5", "top_k 5 is more than there are experts, 4"),
