@@ -17,10 +17,11 @@ class Ranks:
     """The processes of this run, and what they say to each other. torchrun starts them; a single one is rank 0 of 1."""
 
     def __init__(self):
-        self.rank, self.local, self.world = (int(os.environ.get(n, d)) for n, d in
-                                             (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))  # on its node
+        self.world = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
         self.first = self.rank == 0
-        self.mesh = None  # of --fsdp
+        self.device = self.mesh = None  # see join; the mesh is that of --fsdp
 
     def join(self, device, fsdp):
         """Takes this rank's device of the node, and waits for the other ranks. Returns the device."""
@@ -40,6 +41,7 @@ class Ranks:
             sys.stdout.flush()
 
     def sum(self, t):
+        """Over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(t)
         return t
@@ -50,11 +52,11 @@ class Ranks:
     def largest(self, number):
         number = torch.tensor(number)
         if self.world > 1:
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)  # over gloo: no accelerator waits for it
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)  # on the CPU, over gloo: no accelerator waits for it
         return int(number)
 
     def agree(self, value):
-        """The first value that is not None, in the order of the ranks; it is the same on all."""
+        """The first rank's value that is not None, such as an error or a folder's name, given to all."""
         values = [value]
         if self.world > 1:
             values = [None] * self.world
@@ -62,15 +64,16 @@ class Ranks:
         return next((v for v in values if v is not None), None)
 
     def shard(self, module):
-        """Spreads the parameters of an empty module, on the meta device, over the ranks: a block at a time is whole."""
+        """Spreads the parameters of an empty module, on the meta device, over the ranks. In use, one block at a time is
+        gathered."""
         for part in (*module.model.layers, module):
             fully_shard(part, mesh=self.mesh, shard_placement_fn=self.placement)
         module.to_empty(device=self.device)
-        if module.config.tie_word_embeddings:
+        if module.config.tie_word_embeddings:  # to_empty has untied them
             module.lm_head.weight = module.model.embed_tokens.weight
 
     def placement(self, p):
-        """Which dimension is cut: the first, but the second of a layer's experts if their number does not divide."""
+        """Which dimension is cut: the first; of experts whose number does not divide, the second if that one does."""
         return Shard(1) if p.dim() == 3 and p.shape[0] % self.world and p.shape[1] % self.world == 0 else Shard(0)
 
     def whole(self, t):

@@ -101,13 +101,13 @@ def plot(out, rulers):
 
 def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
-    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # ligo.py spends, too
+    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # other steps cost nothing, but ligo.py's
     return None if None in values else sum(number(v, least=0) for v in values)
 
 
 def share_done(last, N_active):
-    """How much of a training is done, 0 to 1, by its settings; 1 if they do not say, and at a constant rate, where the
-    loss at any step is that of a shorter run (elsewhere it is higher until the rate has come down)."""
+    """The share of the planned training that is done, 0 to 1. It is 1 if no plan is stored, and at a constant rate: there
+    the loss at any step is that of a shorter run, while elsewhere the decay is still to come."""
     settings, tokens = last.get("settings") or {}, last["tokens"]
     spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
     shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
@@ -143,7 +143,9 @@ def read_run(folder, corpus=None, smooth=1):
         experts, G = config.get("num_local_experts") or config.get("num_experts"), config.get("granularity", 1)
         E, K, G = (experts / G, config["num_experts_per_tok"] / G, G) if experts else (None, None, None)
         counts = {name: about.get(name) for name in ("N", "N_active", "N_total")}
-        C, _ = total(before, "flops"), [number(n or 1) for n in counts.values()]  # refuses what is no number
+        C = total(before, "flops")
+        for n in counts.values():
+            number(n or 1)  # refuses what is none
         return {
             "run": str(folder), "corpus": corpus, "L": fmean(L[-smooth:]), **counts, "E": E, "K": K, "G": G,
             "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
@@ -159,7 +161,7 @@ def merge_seeds(runs):
     """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves".
     ValueError if two of them have the seeds in common, too: nothing about chance is learnt from the same run twice."""
     unlike, groups, merged = ("seed", "out", "init", "branch", "overwrite", "resume"), {}, []
-    for run in runs:
+    for run in runs:  # key: what must be equal, as text, without the names in `unlike` at every depth
         key = json.dumps([run[k] for k in ("lineage", "config", "corpus", "N_total", "D")] + [len(run["curve"])])
         key = json.loads(key, object_hook=lambda d: {k: d[k] for k in sorted(d) if k not in unlike})
         group, seeds = groups.setdefault(str(key), {}), str([step.get("seed") for step in run["lineage"]])
@@ -179,7 +181,7 @@ def merge_seeds(runs):
 def flops_to_reach(run, target):
     """FLOPs at which a run first reaches the loss `target`, straight in ln C between evaluations, or ValueError."""
     curve = run["curve"]
-    for (c0, l0), (c1, l1) in zip([curve[0], *curve], curve):
+    for (c0, l0), (c1, l1) in zip([curve[0], *curve], curve):  # each point and the one before it
         if l1 <= target and c1 > 0:
             return c1 if c0 <= 0 or l0 <= target else c0 * (c1 / c0) ** ((l0 - target) / (l0 - l1))
     lowest = min(loss for _, loss in curve)
@@ -190,8 +192,8 @@ def compare(runs, target=None):
     """The first run against each other one: target_loss, flops_baseline, flops_run and the stacking paper's speedup.
 
     The target is the higher of the two best losses unless given, so that both reach it. The speed-up is C_scratch /
-    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. A run and its own ancestor meet where
-    the later one begins, whatever it is worth: their pair is marked "ancestor" (compare with a run from scratch).
+    C_grown - 1 with the ancestors' FLOPs: 0.5 means that scratch costs half more. A run and its own ancestor share
+    the curve up to where the later one begins, so their pair says nothing, and is marked "ancestor".
     ValueError if FLOPs are unknown or the losses are those of different texts.
     """
     first, pairs = runs[0], []

@@ -1,19 +1,21 @@
 """What a run is: the flags of train.py, and what each setting comes from.
 
-A run starts in one of four ways. It can be new, start from a checkpoint (--init), leave a trunk (--branch), or go on
-after an interruption (--resume). For each way this table says where everything comes from:
+A run starts in one of four ways. It can be new, start from a checkpoint (--init), leave another run, the trunk, before
+its rate decays (--branch), or go on after an interruption (--resume). This table says where everything comes from:
 
                         new          --init               --branch            --resume
     weights             drawn        the folder's         the folder's        the run's
     optimizer           zeros        zeros                the folder's        the run's
-    step, clock         0            0                    0                   the run's
+    step, seconds       0            0                    0                   the run's
     place in the text   beginning    where the lineage stopped                the run's
     settings            the table `FROM` below, a row for each group of flags
 
-`settle` follows the table. It opens configurations and headers, never weights, so that every mistake is found before
-any work starts. It checks the flags against each other, then the folders that they name, and at the end the settings as
-they were settled: what is inherited can be as wrong as what is typed. What it returns, a `Start`, is new; the parsed
-flags stay as they were given. train.py builds from it.
+The lineage is the list of steps (trainings, upcycling, growth) that made a checkpoint.
+
+`settle` follows the table. It reads configurations and headers, and no weights (the tensors of trainer.pt stay on the
+disk until train.py uses them), so that every mistake is found before any work starts. It checks the flags against each
+other, then the folders that they name, and at the end the settings as they were settled: what is inherited can be as
+wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were given.
 
 A setting that an older folder does not know takes its default. So a new flag needs a line in `get_parser`, and a word
 in `FROM` which says where a child gets it from.
@@ -42,12 +44,13 @@ SHAPE = (
     "qk_norm", "tie_word_embeddings", "rope_theta", "experts", "top_k", "granularity", "router",
 )  # fmt: skip
 FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
-    # flag: given, or its default      parent: the parent's, and a flag that says otherwise is an error
-    # folder: from config.json         either: given, or else the parent's
+    # flag: given, or its default      parent: the parent's; --resume refuses another value, --branch any
+    # folder: from config.json         either: given, or else the parent's (of balance_coef: config.json's)
     SHAPE: ("flag", "folder", "folder", "parent"),
     ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
-    ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "balance_coef",
-     "z_coef", "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),
+    ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
+     "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but how a branch decays: see settle
+    ("balance_coef",): ("flag", "either", "parent", "parent"),
     ("tokens", "flops", "tokens_per_param", "min_lr"): ("flag", "flag", "flag", "parent"),
     ("init", "branch", "source_tokens", "upcycle", "stack", "mask_steps"): ("flag", "flag", "flag", "parent"),
     ("eval_tokens", "save_at"): ("flag", "flag", "flag", "parent"),
@@ -60,7 +63,7 @@ MIXTURE = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", 
 
 
 class Start(NamedTuple):
-    """What a run begins with. `settings` has an attribute for each flag, all settled but what depends on the device."""
+    """What a run begins with. `settings` has an attribute for each flag in FROM, settled but for the device."""
 
     kind: str  # of KINDS
     settings: SimpleNamespace
@@ -78,7 +81,7 @@ class Start(NamedTuple):
 def number(text):
     """A count as people write it: 1e6, 2_000_000, 0."""
     value = float(text)
-    if value != int(value) or value < 0:
+    if not (value >= 0 and value.is_integer()):
         raise argparse.ArgumentTypeError(f"{text} is not a count (a whole number, as in 4096, 1e6 or 2_000_000)")
     return int(value)
 
@@ -223,9 +226,9 @@ def settle(args, given, world):
             config = new_config(s, tokenizer)
         case "init":
             operators, config, lineage = reshape(folder, config, lineage, s, given)
-            s.context = s.context or min(config.max_position_embeddings, 1024)
+            s.context = s.context or min(config.max_position_embeddings, 1024)  # a public model's can be huge
         case "branch":
-            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]
+            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # from the trunk's rate to 0
             if state["step"] < (stored.get("mask_steps") or 0):
                 raise ValueError(f"--branch {folder}: its mask is not open yet (a later snapshot)")
     if kind != "new":
@@ -245,17 +248,18 @@ def settle(args, given, world):
 def inherit(kind, args, given, stored):
     """The settings that the table FROM gives: from the flags `args`, or from `stored`, the parent's own settings."""
     s = SimpleNamespace()
-    upcycling = ("granularity", "router") if args.upcycle else ()  # they say how: the folder cannot
+    upcycling = ("granularity", "router") if args.upcycle else ()  # of the new experts
     for names, ways in FROM.items():
         way = ways[KINDS.index(kind)]
         for name in names:
             value = getattr(args, name)
-            before = stored.get(name, value)
-            if way == "parent" and name in given and (kind == "branch" or given[name] != before):
+            before, known = stored.get(name, value), stored.get(name, "its default")
+            if way == "parent" and name in given and (kind == "branch" or given[name] != known):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
-                raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
+                raise ValueError(f"{flag(name)} {value} cannot be given: the run has {known} ({keeps[kind]})")
             if way == "folder" and name in given and name not in upcycling:
                 raise ValueError(f"{flag(name)} {value} cannot be given with a parent (its folder says the shape)")
+            # way "folder": `finish` puts in what config.json says
             setattr(s, name, before if way == "parent" or (way == "either" and name not in given) else value)
     return s
 
@@ -287,7 +291,7 @@ def reshape(folder, config, lineage, s, given):
         operators.append(grow.growth(before, factor=s.stack, seed=s.seed))
     for operator in operators:
         config, lineage = operator.config, [*lineage, operator.entry]
-    closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"
+    closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"  # its mask waits to be opened
     if s.mask_steps and not closed:
         raise ValueError(f"--mask-steps: {folder} has no mask (grow.py --operator random makes one)")
     if closed and not s.mask_steps and s.tokens != 0:
@@ -296,10 +300,11 @@ def reshape(folder, config, lineage, s, given):
 
 
 def finish(kind, s, given, config, tokenizer):
-    """What config.json does not say goes into the Config, what it says into the settings; then all are checked."""
-    for name in MIXTURE if not config.experts else ():
-        if name in given:
-            raise ValueError(f"{flag(name)} {given[name]} is for a mixture of experts (add --experts)")
+    """Completes Config and settings from each other, then checks both."""
+    if not config.experts:
+        for name in MIXTURE:
+            if name in given:
+                raise ValueError(f"{flag(name)} {given[name]} is for a mixture of experts (add --experts)")
     if kind == "init" and "balance_coef" not in given:
         s.balance_coef = config.balance_coef
     config.balance_coef = s.balance_coef
@@ -341,9 +346,9 @@ def check_flags(kind, args, given):
     if len(horizons) > 1:
         raise ValueError(f"{flag(horizons[0])} and {flag(horizons[1])} are two horizons (one of them)")
     out = Path(args.out) if args.out else None
-    if out and out.exists() and not args.overwrite:
-        raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")
     if out and out.exists():
+        if not args.overwrite:
+            raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")
         if not out.is_dir() or (any(out.iterdir()) and not (out / "log.csv").exists()):
             raise ValueError(f"--overwrite: {out} is not a folder of train.py (delete it yourself)")
         for parent in filter(None, (args.init, args.branch)):
@@ -357,8 +362,8 @@ def check_flags(kind, args, given):
 
 
 def check_batch(s, world, fit):
-    """Raises ValueError if a step does not divide into windows, ranks and micro-batches. With `fit` the micro-batch is
-    made to: a resumed run has that of another number of ranks."""
+    """Raises ValueError if a step does not divide into windows, ranks and micro-batches. With `fit` an inherited
+    micro-batch is cut to a divisor: the number of ranks may have changed."""
     if s.batch_tokens % s.context:
         raise ValueError(f"--batch-tokens {s.batch_tokens} is not a multiple of the context {s.context}")
     windows, share = s.batch_tokens // s.context, s.batch_tokens // s.context // world  # of a step, of a rank in it
@@ -397,12 +402,12 @@ def fast_bf16(device):
     return False
 
 
-def memory_for_activations(device, sizes):
-    """Bytes. On CUDA what is free, less 20 a parameter for weights, gradients, moments and bf16 copies. On a CPU not
-    much: what is near the caches is fastest."""
+def memory_for_activations(device, sizes, shards):
+    """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): weights, gradients and two moments in fp32,
+    and copies in bf16. On a CPU not much, as what is near the caches is fastest; elsewhere 16 GB, a guess."""
     match device.type:
         case "cuda":
-            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"])
+            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
         case "cpu":
             return 0.18e9
     return 16e9
@@ -426,7 +431,7 @@ def horizon(s, config, sizes, flops_per_token, device, world):
         tokens = s.tokens_per_param * sizes["N_active"]
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
-    memory = memory_for_activations(device, sizes)
+    memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)

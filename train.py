@@ -300,6 +300,7 @@ def main(argv=None):
         steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world)
     except ValueError as error:
         fail(error)
+    s.micro_batch = ranks.agree(s.micro_batch)  # free memory may differ
     accumulate = s.batch_tokens // s.context // ranks.world // s.micro_batch
     ranks.say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
