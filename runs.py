@@ -101,13 +101,14 @@ def plot(out, rulers):
 
 def total(steps, what):
     """The sum of steps' tokens or flops; None (unknown) if one of them is: nothing is guessed."""
-    values = [s.get(what) for s in steps if s["step"] in ("train", "source") or what in s]  # other steps cost nothing, but ligo.py's
+    spending = [s for s in steps if s["step"] in ("train", "source") or what in s]  # and ligo.py's
+    values = [s.get(what) for s in spending]
     return None if None in values else sum(number(v, least=0) for v in values)
 
 
 def share_done(last, N_active):
-    """The share of the planned training that is done, 0 to 1. It is 1 if no plan is stored, and at a constant rate: there
-    the loss at any step is that of a shorter run, while elsewhere the decay is still to come."""
+    """The share of the planned training that is done, 0 to 1. It is 1 if no plan is stored, and at a constant rate,
+    where the loss at any step is that of a shorter run; elsewhere the decay is still to come."""
     settings, tokens = last.get("settings") or {}, last["tokens"]
     spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
     shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]

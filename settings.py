@@ -247,16 +247,16 @@ def settle(args, given, world):
 
 def inherit(kind, args, given, stored):
     """The settings that the table FROM gives: from the flags `args`, or from `stored`, the parent's own settings."""
-    s = SimpleNamespace()
+    s, defaults = SimpleNamespace(), vars(get_parser().parse_args([]))
     upcycling = ("granularity", "router") if args.upcycle else ()  # of the new experts
     for names, ways in FROM.items():
         way = ways[KINDS.index(kind)]
         for name in names:
             value = getattr(args, name)
-            before, known = stored.get(name, value), stored.get(name, "its default")
-            if way == "parent" and name in given and (kind == "branch" or given[name] != known):
+            before = stored.get(name, defaults[name])
+            if way == "parent" and name in given and (kind == "branch" or given[name] != before):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
-                raise ValueError(f"{flag(name)} {value} cannot be given: the run has {known} ({keeps[kind]})")
+                raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
             if way == "folder" and name in given and name not in upcycling:
                 raise ValueError(f"{flag(name)} {value} cannot be given with a parent (its folder says the shape)")
             # way "folder": `finish` puts in what config.json says

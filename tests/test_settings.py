@@ -154,6 +154,8 @@ def test_a_setting_that_an_older_folder_lacks_takes_the_default_of_its_flag(kind
     for name in {*names} - (branch if kind == "branch" else set()):
         assert getattr(s.settings, name) == default(name) != OWN[name], name
     assert s.settings.micro_batch is None
+    with pytest.raises(ValueError, match=f"--z-coef 0.5 .* the run has {default('z_coef')}"):
+        settle(*(["--branch"] if kind == "branch" else ["--resume", "--out"]), tmp_path / "old", "--z-coef", 0.5)
 
 
 def test_a_run_goes_on_from_an_older_folder(here, tmp_path, capsys):
