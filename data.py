@@ -48,7 +48,7 @@ from tqdm import tqdm
 import sources
 import tokenizer
 from sources import describe, is_ready, parse_spec, read_documents
-from tables import print_anything
+from tables import Parser
 from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash
 
 VALIDATION = 0.05  # of the bytes
@@ -368,19 +368,17 @@ def look_up(keys, values, asked):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="data.py",
         usage="data.py SPEC [--tokenizer NAME] [--context T] [--cache FOLDER]",
         description="Prepares corpora and describes them:  python data.py cpp,mine=notes/**/*.txt --tokenizer gpt2",
         epilog=TABLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("spec", metavar="SPEC", help="[name=]source[:weight],... as in the table below")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME", help="of the same table (default: bytes)")
     parser.add_argument("--context", type=float, default=256, metavar="T", help="tokens a window (default: 256)")
     parser.add_argument("--cache", default="data", metavar="FOLDER", help="where tokens are kept (default: data)")
-    print_anything()
     args = parser.parse_args(argv)
     try:
         whole = args.context >= 1 and args.context % 1 == 0

@@ -67,6 +67,7 @@ import checkpoint
 import model
 from checkpoint import at_layer, place, unpack
 from operators import SHARD_SIZE, Operator, apply_to_folder, apply_to_module
+from tables import Parser
 
 AXES = ("depth", "width")
 INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
@@ -383,8 +384,8 @@ def ranges(text):
 def make_parser(file, usage, document, after):
     """(the parser of grow.py and ligo.py, what adds a flag to its group about growth)."""
     commands = "\n".join(line for line in document.split("\n") if line.startswith(f"    python {file}"))
-    parser = model.Parser(file, f"{file} SRC DST {usage} (--factor F | --layers LIST) [--seed 1] [--help]", commands,
-                          after, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
+    parser = Parser(file, f"{file} SRC DST {usage} (--factor F | --layers LIST) [--seed 1] [--help]", commands,
+                    after, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument_group("folders").add_argument
     add("source", metavar="SRC", help="checkpoint folder, ours or a public one, or a public model's name (ORG/NAME)")
     add("target", metavar="DST", help="new checkpoint folder; must not exist")

@@ -52,7 +52,7 @@ from numpy import log
 
 import fitting
 from fitting import columns, evaluate
-from tables import DAMAGE, Parser, column, named, number, read_csv, show, whole
+from tables import DAMAGE, Commands, column, named, number, read_csv, show, whole
 
 SIZES = 1.0, 1e40  # where plan.py looks for the best N
 GROW = 4  # the stacking paper's growth factor
@@ -427,7 +427,7 @@ def run_predict(args):
 def main(argv=None):
     sets = [f"  {law:13}{set:17}{', '.join(columns(r.form)):16}{r.source}" + f"\n{'':17}! {r.wrong}" * bool(r.wrong)
             for law, rows in LAWS.items() for set, r in rows.items()]
-    parser = Parser("laws.py", "laws.py {fit,predict} ... [--help]", __doc__, "laws, sets (a law's first is "
+    parser = Commands("laws.py", "laws.py {fit,predict} ... [--help]", __doc__, "laws, sets (a law's first is "
                     "its default), columns read, source, ! known flaws:\n" + "\n".join(sets))
     sub = parser.command(run_fit, "LAW RUNS.CSV [options]", "fit a law to a run table", "curves, residuals, bootstrap")
     sub.add_argument("law", metavar="LAW", help=f"one of {', '.join(LAWS)}")

@@ -35,11 +35,8 @@ Try:
      `python train.py --init FOLDER --tokens 0`: positions are part of the weights' meaning, and the loss jumps.
 """
 
-import argparse
-import difflib
 import hashlib
 import math
-import re
 import signal
 from dataclasses import dataclass
 
@@ -53,7 +50,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import cpu
 import moe
-from tables import print_anything
 
 
 @dataclass
@@ -390,25 +386,13 @@ def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, u
         module.train(training)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that answers a mistyped flag with the nearest one that it knows. All command lines but laws' use it."""
-
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        print_anything()
-
-    def error(self, message):
-        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
-        near = [name for flag in flags for name in difflib.get_close_matches(flag, self._option_string_actions, 1)]
-        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
-
-
 def main():
     import checkpoint
+    from tables import Parser
     from tokenizer import load_tokenizer
 
     parser = Parser(
-        description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "', allow_abbrev=False
+        description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "'
     )
     add = parser.add_argument
     add("folder", help="checkpoint folder, ours or a public one, or a public model's name such as Qwen/Qwen3-0.6B-Base")

@@ -52,7 +52,7 @@ from scipy.optimize import brentq
 import laws
 from fitting import columns, evaluate
 from laws import active, band, outside, predict, published, row
-from tables import Parser, number, show
+from tables import Commands, number, show
 
 
 def search(loss, at):
@@ -216,7 +216,7 @@ def run_budget(args):
 
 
 def main(argv=None):
-    parser = Parser("plan.py", "plan.py {optimal,budget} ... [--help]", __doc__, "laws and sets: laws.py --help")
+    parser = Commands("plan.py", "plan.py {optimal,budget} ... [--help]", __doc__, "laws and sets: laws.py --help")
     sub = parser.command(run_optimal, "LAW [options]", "the best way to spend a budget")
     laws.law_flags(sub, [r.buys for rows in laws.LAWS.values() for r in rows.values() if r.buys])
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
 
 from checkpoint import read_json, replacing
-from tables import DAMAGE, Parser, column, number, read_csv, show, whole
+from tables import DAMAGE, Commands, column, number, read_csv, show, whole
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the trainer writes.
@@ -272,7 +272,7 @@ def run_compare(args):
 
 
 def main(argv=None):
-    parser = Parser("runs.py", "runs.py {table,compare} ... [--help]", __doc__)
+    parser = Commands("runs.py", "runs.py {table,compare} ... [--help]", __doc__)
     for run, *texts in (
         (run_table, "RUN ... [options] > runs.csv", "finished runs, and those below them, to one CSV"),
         (run_compare, "BASELINE RUN ... [options]", "FLOPs to equal loss, ancestors included", "losses"),

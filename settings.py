@@ -36,6 +36,7 @@ import grow
 import model
 import upcycle
 from checkpoint import last_settings, locate, read_config, read_lineage, read_trainer
+from tables import Parser
 from tokenizer import load_tokenizer
 
 KINDS = ("new", "init", "branch", "resume")
@@ -114,7 +115,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def get_parser(commands=""):
     """The parser of train.py. commands: the text that its help opens with."""
     usage = "train.py [--out FOLDER] [--tokens N] [--data SPEC] [shape, optimisation, machine flags: see --help]"
-    parser = model.Parser("train.py", usage, commands, allow_abbrev=False, formatter_class=Help)
+    parser = Parser("train.py", usage, commands, formatter_class=Help)
     c, switch = model.Config, argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument

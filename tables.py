@@ -95,22 +95,32 @@ def print_anything():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with commands. The help opens with the lines of a file's docstring that begin with `python`."""
+    """argparse that answers a mistyped flag with the nearest one that it knows."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, allow_abbrev=False, **more)
+        print_anything()
+
+    def known(self):
+        return [*self._option_string_actions]
+
+    def error(self, message):
+        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
+        near = [name for flag in flags for name in difflib.get_close_matches(flag, self.known(), 1)]
+        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
+
+
+class Commands(Parser):
+    """A parser with subcommands. Its help opens with the lines of a file's docstring that begin with `python`."""
 
     def __init__(self, prog, usage, doc, epilog=None):
         lines = "\n".join(line.strip() for line in doc.splitlines() if line.startswith("    python"))
-        super().__init__(prog, usage, lines, epilog, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(prog, usage, lines, epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.places = self.add_subparsers(dest="command", required=True, metavar="command",
                                           parser_class=argparse.ArgumentParser)
-        print_anything()
 
-    def error(self, message):
-        """Answers a mistyped flag with the nearest one."""
-        flags = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
-        known = [name for sub in self.places.choices.values() for name in sub._option_string_actions]
-        near = [name for flag in flags for name in difflib.get_close_matches(flag, known, 1)]
-        super().error(message + f" (did you mean {', '.join(near)}?)" * bool(near))
+    def known(self):
+        return [name for sub in self.places.choices.values() for name in sub._option_string_actions]
 
     def command(self, run, usage, help, plot=None):
         """A subcommand for a function that begins with `run_`."""

@@ -60,6 +60,7 @@ import model
 import moe
 import operators
 from model import Config
+from tables import Parser
 
 # As in moe.py, E = experts * G and K = top_k * G count experts after the cut; the names experts, top_k and
 # intermediate_size count before it. D is hidden, m the copies of each expert.
@@ -299,9 +300,9 @@ def upcycle_folder(src, dst, experts, top_k, source_tokens=None, shard_size=oper
 
 def command_line():
     commands = "\n".join(line[2:] for line in __doc__.splitlines() if line.startswith("    python upcycle.py"))
-    parser = model.Parser("upcycle.py", "upcycle.py SRC DST --experts E --top-k K [flags]", commands,
-                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                          argument_default=argparse.SUPPRESS)  # fmt: skip  # what is not given takes Recipe's default
+    parser = Parser("upcycle.py", "upcycle.py SRC DST --experts E --top-k K [flags]", commands,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)  # fmt: skip  # what is not given takes Recipe's default
     add = parser.add_argument_group("folders").add_argument
     add("src", metavar="SRC", help="checkpoint folder, ours or a public one, or a public model's name (ORG/NAME)")
     add("dst", metavar="DST", help="folder to make; it must not exist")
