@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import two_ranks
 from safetensors.torch import load_file
 
 import checkpoint
@@ -202,9 +203,7 @@ def test_a_mask_opens_from_the_small_models_loss_and_resumes_inside(here, texts,
     run(texts, "--resume", "--out", "killed")
     assert_same_run("calm", "killed")
     if axis == "width":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([*start, str(ROOT / "train.py"), *map(str, child), "--out", "two"], **CAPTURE)
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_ranks(ROOT / "train.py", *child, "--out", "two")
         assert np.abs(np.array(losses) - [float(row["loss"]) for row in table("two/log.csv")]).max() < 1e-4
 
 
@@ -216,8 +215,7 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     flags = [*extra, "--tokens", 256 * 50, "--micro-batch", 2, "--log-every", 1]
     run(texts, *flags, "--out", "one")
     for out, more in (("two", []), ("shards", ["--fsdp"])):
-        done = subprocess.run(command(texts, *flags, *more, "--out", out, torchrun=2), **CAPTURE)
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_ranks(ROOT / "train.py", *TINY, "--data", texts / "a.txt", *flags, *more, "--out", out)
     columns = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
     one, two, shards = (
         np.array([[float(row[c]) for c in columns] for row in table(f"{o}/log.csv")]) for o in ("one", "two", "shards")
@@ -234,9 +232,7 @@ def test_upcycled_in_memory_in_shards_and_in_a_folder_is_the_same_mixture(here, 
     upcycle.upcycle_folder("parent", "folder", 4, 2, granularity=2)
     flags = "--init parent --upcycle 4x2 --granularity 2 --batch-tokens 256 --tokens 256 --lr 1e-30".split()
     for out, more in (("replicas", []), ("shards", ["--fsdp"])):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([*start, ROOT / "train.py", *flags, *more, "--out", out], **CAPTURE)
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_ranks(ROOT / "train.py", *flags, *more, "--out", out)
     whole, one, two = (load_file(f"{name}/model.safetensors") for name in ("folder", "replicas", "shards"))
     assert whole.keys() == one.keys() == two.keys()  # and so small a rate moves no bit
     assert all(torch.equal(whole[n], one[n]) and torch.equal(whole[n], two[n]) for n in whole)
@@ -637,14 +633,12 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
     flags = [*extra, "--tokens", 256 * 20, "--log-every", 1, "--save-at", f"{256 * 5},{256 * 10},{256 * 15}"]
     run(texts, *flags, "--out", "calm")
 
-    def goes_on(source, out, *more, torchrun=0):
+    def goes_on(source, out, *more, ranks=1):
         """Resumes a copy of the snapshot; returns what is said about it."""
         shutil.copytree(source, out)
         flags = ["--resume", "--out", out, *more]
-        if torchrun:
-            done = subprocess.run(command(texts, *flags, torchrun=torchrun), **CAPTURE)
-            assert done.returncode == 0, done.stderr[-3000:]
-            return done.stdout
+        if ranks == 2:
+            return two_ranks(ROOT / "train.py", *flags)
         capsys.readouterr()
         run(texts, *flags)
         return capsys.readouterr().out
@@ -655,7 +649,7 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
         return np.array([float(row[c]) for row in rows for c in columns] + [float(last["a_loss"])])
 
     same = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
-    assert "note: another number of ranks" in goes_on("calm/step-5", "two", torchrun=2)
+    assert "note: another number of ranks" in goes_on("calm/step-5", "two", ranks=2)
     assert "note: another number of ranks" in goes_on("two/step-10", "one")
     outs = ["two", "one"]
     said = goes_on("calm/step-5", "small", "--micro-batch", 1)
@@ -663,7 +657,7 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
         assert "note: another micro-batch: the balancing loss" in said
     else:
         assert "note: another number of ranks, or another micro-batch" in said
-        assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", torchrun=2)
+        assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", ranks=2)
         outs += ["shards", "small"]
     for out in outs:
         assert np.abs(losses(out, *same) - losses("calm", *same)).max() < 1e-4, out
