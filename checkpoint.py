@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import distribute_tensor
 
 from model import Config, Transformer
 
@@ -391,6 +390,8 @@ def build(config, value, dtype=torch.float32, shard=None):
     with torch.device("meta"):
         module, state = Transformer(config).to(dtype), {}
     if shard:
+        from torch.distributed.tensor import distribute_tensor  # half a second that only shards need
+
         shard(module)
     for name, empty in module.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
