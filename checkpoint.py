@@ -46,6 +46,9 @@ def replacing(path):
         yield beside
         with open(beside, "rb+") as f:
             os.fsync(f.fileno())
+        if os.name == "posix":  # safetensors writes for the owner alone
+            os.umask(mask := os.umask(0))
+            os.chmod(beside, 0o666 & ~mask)
         rename(beside, path)
     finally:
         beside.unlink(missing_ok=True)

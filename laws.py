@@ -336,12 +336,14 @@ def asked(args, function):
         text = lambda names: " ".join("--" + name.replace("_", "-") for name in names)
         also = [name for name in flags.values() if name not in needed]
         raise ValueError(f"{args.command} {args.law} needs {text(needed)}" + f" and takes {text(also)}" * bool(also)
-                         + f" (given: {text(given) or 'none'})")
+                         + (f" (leave out {text(sorted(unused))})" if unused else f" (given: {text(given) or 'none'})"))
     return {p: getattr(args, name) for p, name in flags.items() if name in given}
 
 
 def load_fit(path):
     """A report of fit() from its JSON file, tried out in the middle of its runs. ValueError if it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file (write one with `laws.py fit LAW runs.csv --json`)")
     try:
         report = json.loads(Path(path).read_text("utf-8"), parse_constant=number)
         at = {c: sum(report["fitted"][c]) / 2 for c in columns(row(report["law"], report["set"]).form)}
@@ -379,6 +381,8 @@ def run_fit(args):
             raise ValueError(f"--first-stage {args.first_stage} has {', '.join(stage)} (the second stage of {args.law} "
                              f"{args.set or ''} freezes {', '.join(the.frozen) or 'nothing'})")
         fixed = {name: stage[name] for name in the.frozen}
+    if 0 < args.bootstrap < 20:
+        raise ValueError(f"--bootstrap {args.bootstrap} is too few for a 95 % interval (at least 20, better 1000)")
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
     table, blocks = read_table(args.table, the, args.blocks)

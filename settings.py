@@ -23,6 +23,7 @@ in `FROM` which says where a child gets it from.
 
 import argparse
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +231,9 @@ def settle(args, given, world):
             s.context = s.context or min(config.max_position_embeddings, 1024)  # a public model's can be huge
         case "branch":
             s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # from the trunk's rate to 0
+            if state["finished"] and stored.get("schedule") != "constant":
+                right = "a snapshot from before, or --init"
+                raise ValueError(f"--branch {folder}: this run is at its end, and its rate has decayed ({right})")
             if state["step"] < (stored.get("mask_steps") or 0):
                 raise ValueError(f"--branch {folder}: its mask is not open yet (a later snapshot)")
     if kind != "new":
@@ -287,7 +291,7 @@ def reshape(folder, config, lineage, s, given):
         experts, top_k = upcycle.parse(s.upcycle)
         recipe = {name: given[name] for name in ("granularity", "router") if name in given}
         operators.append(upcycle.operator(config, experts, top_k, seed=s.seed, **recipe))
-    if s.stack:
+    if s.stack is not None:
         before = operators[-1].config if operators else config
         operators.append(grow.growth(before, factor=s.stack, seed=s.seed))
     for operator in operators:
@@ -346,7 +350,11 @@ def check_flags(kind, args, given):
     horizons = [name for name in ("tokens", "flops", "tokens_per_param") if name in given]
     if len(horizons) > 1:
         raise ValueError(f"{flag(horizons[0])} and {flag(horizons[1])} are two horizons (one of them)")
-    out = Path(args.out) if args.out else None
+    out = Path(args.out or "out/run")
+    ground = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK):
+        raise ValueError(f"--out {out}: nothing can be made in {ground} (a folder that can be written)")
+    out = out if args.out else None
     if out and out.exists():
         if not args.overwrite:
             raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")

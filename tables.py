@@ -57,7 +57,9 @@ def column(path, rows, name, least=1e-60):
     header = list(rows[0]) if rows else []
     if name not in header:
         near = ", ".join(difflib.get_close_matches(name.lower(), header, 3, 0))
-        near = f"nearest: {near}" if rows else "it has no rows"
+        if not rows:
+            raise ValueError(f"{path} has no rows below its header (one run each)")
+        near = f"nearest: {near}"
         if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
             near = f"its header {header[0]!r} is separated by {mark[0]!r}: use commas, and points for decimals"
         elif blank := [h for h in header if h.strip() == name]:
@@ -145,6 +147,8 @@ class Commands(Parser):
                 if find_spec("matplotlib") is None:
                     raise ValueError(f"--plot {where} needs matplotlib (pip install matplotlib)")
             result = args.run(args)
+            if getattr(args, "plot", None) is not None:
+                print(f"written: {args.plot}", file=sys.stderr)
             if args.json:
                 print(json.dumps(result, allow_nan=False))
             sys.stdout.flush()

@@ -33,13 +33,15 @@ Try:
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import weakref
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -165,14 +167,15 @@ def evaluate(module, parallel, windows, micro_batch, ranks, device):
 class Record:
     """The run's folder: tables, samples, checkpoints. The first rank writes; under --fsdp all take part in a save."""
 
-    def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token):
+    def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token, overwrite=False):
         self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
         self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
         self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
         self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
         self.samples = start.state["samples"] if going_on else []
         self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
-        self.folder, self.since = ranks.agree(self.make_folder() if ranks.first else None), time.time()
+        made = self.make_folder(overwrite) if ranks.first else None
+        self.folder, self.since = ranks.agree(made), time.time()
         self.settings.out = str(self.folder)
         self.columns = "step tokens flops seconds lr loss grad_norm tokens_per_second tflops mfu".split()
         if start.config.experts:
@@ -185,16 +188,31 @@ class Record:
             runs.open_table(self.folder / "eval.csv", self.eval_columns, last)
             self.write_samples()
 
-    def make_folder(self):
-        if self.start.kind == "resume":
-            return Path(self.settings.out)
-        free = (path for i in range(1, 10**6) if not (path := Path(f"out/run-{i}")).exists())
-        folder = Path(self.settings.out) if self.settings.out else next(free)
-        if folder.exists():  # --overwrite, or it would have been refused
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for path in self.start.besides:
-            shutil.copyfile(path, folder / path.name)
+    def make_folder(self, overwrite):
+        """The run's folder, which no other process may write to as long as this one lives. Raises OSError."""
+        out = self.settings.out
+        if self.start.kind != "resume":
+            if out and overwrite:
+                shutil.rmtree(out, ignore_errors=True)
+            for folder in map(Path, [out] if out else (f"out/run-{i}" for i in itertools.count(1))):
+                with suppress(*[] if out else [FileExistsError]):  # run-1 is there: run-2
+                    folder.mkdir(parents=True)
+                    break
+            for path in self.start.besides:
+                shutil.copyfile(path, folder / path.name)
+        else:
+            folder = Path(out)
+        if os.name == "posix":
+            import fcntl
+
+            held = os.open(folder, os.O_RDONLY)
+            weakref.finalize(self, os.close, held)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{folder} is being written by another process (wait until it has ended)") from None
+            except OSError:  # a file system without locks
+                pass
         return folder
 
     def write_samples(self):
@@ -344,7 +362,11 @@ def main(argv=None):
         ranks.say(evaluation()[1])
         return 0
 
-    record, signals = Record(start, ranks, corpora, reader, sizes, flops_per_token), Signals()
+    try:
+        record = Record(start, ranks, corpora, reader, sizes, flops_per_token, args.overwrite)
+    except OSError as error:
+        fail(error)
+    signals = Signals()
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((p for gpu, p in PEAKS.items() if gpu in name), None)
     quiet = not ranks.first or not sys.stderr.isatty()

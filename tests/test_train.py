@@ -79,6 +79,7 @@ def command(texts, *flags, torchrun=0):
     return [str(part) for part in (sys.executable, *(start if torchrun else []), ROOT / "train.py", *flags)]
 
 
+FEW = ("--eval-tokens", 640)  # where evaluations are not what is tested
 ENV = os.environ | {"PYTHONWARNINGS": "ignore"}
 CAPTURE = dict(env=ENV, capture_output=True, text=True)
 
@@ -110,7 +111,7 @@ def whole_or_asks_to_resume(folder):
 
 @pytest.mark.parametrize("extra, times", [([], 2), (MOE, 1)], ids=["dense", "mixture"])
 def test_killed_at_any_instant_and_resumed_equals_the_uninterrupted_run(here, texts, extra, times):
-    flags = [*extra, "--tokens", 256 * 60, "--save-every", 1, "--eval-every", 20]  # most of the time goes into saving
+    flags = [*extra, *FEW, "--tokens", 256 * 60, "--save-every", 1, "--eval-every", 20]  # it mostly saves
     flags += ["--save-at", ",".join(str(256 * step) for step in range(5, 60, 5))]
     run(texts, *flags, "--out", "calm")
     dice, kills = random.Random(len(extra)), 0
@@ -212,7 +213,7 @@ def test_a_mask_opens_from_the_small_models_loss_and_resumes_inside(here, texts,
 
 @pytest.mark.parametrize("extra", [[], MOE], ids=["dense", "mixture"])
 def test_two_processes_and_shards_equal_one(here, texts, extra):
-    flags = [*extra, "--tokens", 256 * 50, "--micro-batch", 2, "--log-every", 1]
+    flags = [*extra, *FEW, "--tokens", 256 * 50, "--micro-batch", 2, "--log-every", 1, "--eval-every", 25]
     run(texts, *flags, "--out", "one")
     for out, more in (("two", []), ("shards", ["--fsdp"])):
         two_ranks(ROOT / "train.py", *TINY, "--data", texts / "a.txt", *flags, *more, "--out", out)
@@ -519,6 +520,9 @@ BAD = {
     "stacking of nothing": ("--stack 2", "--init"),
     "mask of nothing": ("--mask-steps 5", "--init"),
     "mask where there is none": ("--init done --mask-steps 5", "done has no mask"),
+    "stacking no times": ("--init done --stack 0", "0"),
+    "a branch of a run that is at its end": ("--branch done --tokens 256", "decayed"),
+    "a file where a folder should be": ("--out a.txt/sub", "a.txt"),
     "stacking once": ("--init done --stack 1", "1"),
     "data with branch": ("--branch done --data python", "--data"),
     "branch of no run": ("--branch shape", "trainer.pt"),
@@ -630,7 +634,7 @@ def test_the_default_corpus_of_another_python_names_both_versions():
 
 @pytest.mark.parametrize("extra", [[], [*MOE, "--micro-batch", 2]], ids=["dense", "mixture"])
 def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, texts, extra, capsys):
-    flags = [*extra, "--tokens", 256 * 20, "--log-every", 1, "--save-at", f"{256 * 5},{256 * 10},{256 * 15}"]
+    flags = [*extra, *FEW, "--tokens", 256 * 20, "--log-every", 1, "--save-at", f"{256 * 5},{256 * 10},{256 * 15}"]
     run(texts, *flags, "--out", "calm")
 
     def goes_on(source, out, *more, ranks=1):
@@ -780,3 +784,43 @@ def test_a_folder_whose_name_is_no_text_at_all_gets_its_plot(here):
     (folder / "eval.csv").write_text("tokens,a_loss\n0,5.5\n256,4.5\n")
     runs.plot(folder, {"a": [3.0, 2.0, 1.0]})
     assert (folder / "loss.png").stat().st_size > 5000
+
+
+# ---- two processes, one folder --------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(here, texts, capsys):
+    process = subprocess.Popen(command(texts, "--tokens", 256 * 4000, "--save-every", 1, "--out", "busy"), env=ENV,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    while not Path("busy/trainer.pt").exists():
+        time.sleep(0.02)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", "busy"])
+    assert "busy is being written by another process" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_a_name_taken_since_it_was_checked_is_no_longer_free(here, texts, monkeypatch, capsys):
+    prepare = train.prepare
+
+    def slow(*args):  # meanwhile somebody else begins
+        Path("out/run-1").mkdir(parents=True)
+        Path("mine").mkdir()
+        Path("mine/thesis.txt").write_text("years of work")
+        return prepare(*args)
+
+    monkeypatch.setattr(train, "prepare", slow)
+    with pytest.raises(SystemExit):
+        run(texts, "--tokens", 256, "--out", "mine")
+    assert "mine" in capsys.readouterr().err and Path("mine/thesis.txt").exists()
+    shutil.rmtree("mine")
+    shutil.rmtree("out")
+    run(texts, "--tokens", 256)
+    assert Path("out/run-2/trainer.pt").exists() and not any(Path("out/run-1").iterdir())
+
+
+def test_files_are_readable_by_whom_the_umask_allows(here, texts):
+    run(texts, "--tokens", 256, "--out", "run")
+    os.umask(mask := os.umask(0))
+    assert {path.stat().st_mode & 0o777 for path in Path("run").iterdir()} == {0o666 & ~mask}
