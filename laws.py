@@ -381,11 +381,11 @@ def run_fit(args):
             raise ValueError(f"--first-stage {args.first_stage} has {', '.join(stage)} (the second stage of {args.law} "
                              f"{args.set or ''} freezes {', '.join(the.frozen) or 'nothing'})")
         fixed = {name: stage[name] for name in the.frozen}
-    if 0 < args.bootstrap < 20:
-        raise ValueError(f"--bootstrap {args.bootstrap} is too few for a 95 % interval (at least 20, better 1000)")
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
     table, blocks = read_table(args.table, the, args.blocks)
+    if 0 < args.bootstrap < 20:
+        raise ValueError(f"--bootstrap {args.bootstrap} is too few for a 95 % interval (at least 20, better 1000)")
     report = fit(args.law, table, args.set, fixed, args.bootstrap, blocks, args.seed)
     if args.plot:
         import plots

@@ -57,9 +57,7 @@ def column(path, rows, name, least=1e-60):
     header = list(rows[0]) if rows else []
     if name not in header:
         near = ", ".join(difflib.get_close_matches(name.lower(), header, 3, 0))
-        if not rows:
-            raise ValueError(f"{path} has no rows below its header (one run each)")
-        near = f"nearest: {near}"
+        near = f"nearest: {near}" if rows else "it has no rows"
         if len(header) == 1 and (mark := re.search("[;\t|]", header[0])):
             near = f"its header {header[0]!r} is separated by {mark[0]!r}: use commas, and points for decimals"
         elif blank := [h for h in header if h.strip() == name]:
