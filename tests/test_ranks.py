@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,3 +216,21 @@ def test_a_mask_is_compiled_once_it_is_open(text, graphs):
     flags = ["--init", "grown", "--mask-steps", "8", *RUN, "--batch-tokens", "256", "--dtype", "float32"]
     assert train.main([*flags, "--out", "run"]) == 0
     assert (graphs.graphs, graphs.dynamic) == (1, 0)
+
+
+# ---- the first hour on a GPU ----------------------------------------------------------------------------------------
+
+
+def test_what_is_run_first_on_a_gpu_runs_small_on_a_cpu(tmp_path, capsys):
+    script = ROOT / "experiments/first_hour_gpu.py"
+    assert subprocess.run(["bash", "-n", script.with_suffix(".sh")]).returncode == 0
+    hour = SimpleNamespace(**runpy.run_path(str(script)))
+    hour.grouped(small=True)
+    said = capsys.readouterr().out
+    assert said.count(" ok") == 5 and "idle experts get a gradient of 0.0e+00" in said
+    hour.waits(small=True)
+    assert capsys.readouterr().out.startswith("0 waits in a step")
+    with contextlib.chdir(ROOT):
+        hour.speed("8x0.13B", str(tmp_path / "run"), small=True)
+    row = capsys.readouterr().out.strip().splitlines()[-1].split("|")
+    assert row[1:3] == [" 8x0.13B ", " CPU "] and float(row[4].replace(",", "")) > 0
