@@ -1,6 +1,9 @@
 """What many devices need, tried on one machine: shards, recomputed blocks, and one static graph a kind of block."""
 
+import contextlib
 import os
+import runpy
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
