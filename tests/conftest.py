@@ -80,3 +80,20 @@ def make(name, seed=1, **more):
 
 
 IDS = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(3))
+
+PUBLIC_KINDS = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+
+
+def of_public_kind(transformers, kind, **sizes):
+    """A small random model of a public kind, made by `transformers`."""
+    more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
+    if kind == "mixtral":
+        more |= dict(num_local_experts=4, num_experts_per_tok=2)
+    if kind == "qwen3_moe":
+        more |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=97, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False, **sizes, **more,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

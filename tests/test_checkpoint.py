@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import IDS, SHAPES, make
+from conftest import IDS, PUBLIC_KINDS, SHAPES, make, of_public_kind
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -22,19 +22,9 @@ def test_logits_equal_those_of_transformers_on_the_same_folder(name, tmp_path, t
         assert (ours(IDS)[0] - theirs(IDS).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", PUBLIC_KINDS)
 def test_folders_that_transformers_writes_are_read(kind, tmp_path, transformers):
-    more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
-    if kind == "mixtral":
-        more |= dict(num_local_experts=4, num_experts_per_tok=2)
-    if kind == "qwen3_moe":
-        more |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=False, **more,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs = of_public_kind(transformers, kind, hidden_size=48, intermediate_size=80, num_hidden_layers=2, head_dim=16)
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from conftest import PUBLIC_KINDS, of_public_kind
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -356,19 +357,9 @@ def test_what_is_larger_than_a_shard_is_written_in_shards(tmp_path):
 
 
 @pytest.mark.parametrize("how", ALL)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", PUBLIC_KINDS)
 def test_public_folders_grow_and_open_in_transformers(kind, how, tmp_path, transformers):
-    more = dict(sliding_window=None) if kind in ("mistral", "mixtral") else {}
-    if kind == "mixtral":
-        more |= dict(num_local_experts=4, num_experts_per_tok=2)
-    if kind == "qwen3_moe":
-        more |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=False, **more,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    small = transformers.AutoModelForCausalLM.from_config(config).eval()
+    small = of_public_kind(transformers, kind, hidden_size=24, intermediate_size=40, num_hidden_layers=3, head_dim=8)
     small.save_pretrained(tmp_path / "small", max_shard_size="40KB")
     grow.grow_folder(tmp_path / "small", tmp_path / "big", **settings(**ALL[how]), shard_size=50_000)
     big = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "big", dtype=torch.float32).eval()
