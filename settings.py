@@ -12,8 +12,8 @@ its rate decays (--branch), or go on after an interruption (--resume). This tabl
 
 The lineage is the list of steps (trainings, upcycling, growth) that made a checkpoint.
 
-`settle` follows the table. It reads configurations and headers, and no weights (the tensors of trainer.pt stay on the
-disk until train.py uses them), so that every mistake is found before any work starts. It checks the flags against each
+`settle` follows the table. It reads configurations and headers, so that every mistake is found before any work starts.
+It opens no tensors, no text and no device: train.py does, and builds the model from what settle returns. It checks the flags against each
 other, then the folders that they name, and at the end the settings as they were settled: what is inherited can be as
 wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were given.
 
@@ -46,13 +46,13 @@ SHAPE = (
     "qk_norm", "tie_word_embeddings", "rope_theta", "experts", "top_k", "granularity", "router",
 )  # fmt: skip
 FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
-    # flag: given, or its default      parent: the parent's; --resume refuses another value, --branch any
-    # folder: from config.json         either: given, or else the parent's (of balance_coef: config.json's)
+    # flag: given, or its default       either: given, or else the parent's
+    # folder: from config.json          parent: the parent's; giving it is an error (--resume lets an equal value pass)
     SHAPE: ("flag", "folder", "folder", "parent"),
     ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
     ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
      "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but how a branch decays: see settle
-    ("balance_coef",): ("flag", "either", "parent", "parent"),
+    ("balance_coef",): ("flag", "either", "parent", "parent"),  # --init: config.json's
     ("tokens", "flops", "tokens_per_param", "min_lr"): ("flag", "flag", "flag", "parent"),
     ("init", "branch", "source_tokens", "upcycle", "stack", "mask_steps"): ("flag", "flag", "flag", "parent"),
     ("eval_tokens", "save_at"): ("flag", "flag", "flag", "parent"),
@@ -230,15 +230,16 @@ def settle(args, given, world):
             operators, config, lineage = reshape(folder, config, lineage, s, given)
             s.context = s.context or min(config.max_position_embeddings, 1024)  # a public model's can be huge
         case "branch":
-            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # from the trunk's rate to 0
+            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # from the trunk's rate down
             if state["finished"] and stored.get("schedule") != "constant":
                 right = "a snapshot from before, or --init"
                 raise ValueError(f"--branch {folder}: this run is at its end, and its rate has decayed ({right})")
             if state["step"] < (stored.get("mask_steps") or 0):
                 raise ValueError(f"--branch {folder}: its mask is not open yet (a later snapshot)")
     if kind != "new":
-        before = stored.get("tokenizer") or ""  # ids without text: the tokenizer in the folder is there for others
-        tokenizer = load_tokenizer(given.get("tokenizer") or (before if before.startswith("ids:") else str(folder)))
+        # given, or that in the folder; a run on ready tokens has none of its own, but a name such as ids:32000
+        parents = stored.get("tokenizer") or ""
+        tokenizer = load_tokenizer(given.get("tokenizer") or (parents if parents.startswith("ids:") else str(folder)))
         tokenizer.name = given.get("tokenizer") or named or tokenizer.name
     if kind in ("init", "branch"):
         besides = checkpoint.besides(folder, tokenizer="tokenizer" not in given or not tokenizer.files)
@@ -327,7 +328,7 @@ def finish(kind, s, given, config, tokenizer):
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
         s.tokens = 3_000_000
-    if not s.lr or s.min_lr > s.lr:
+    if not s.lr or s.min_lr > s.lr:  # here and not in check_flags: a branch has the trunk's lr
         raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
 
 
