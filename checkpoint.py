@@ -7,12 +7,16 @@ name. Nothing in a folder is executed, and no file outside it is opened.
     config.json          the configuration, in the public keys; one key more, `granularity`, which other readers ignore
     model.safetensors    the weights, or shards of them with model.safetensors.index.json
     tokenizer.json ...   the tokenizer, in its public files
-    run.json             where the weights come from: the `lineage`, a list of steps, and the counts of parameters
+    run.json             where the weights come from, the `lineage`, and the counts of parameters
     trainer.pt           what `train.py --resume` needs
 
 Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.mlp.experts.3.up_proj.weight`. Mixtral
 has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
 all experts of a layer in two tensors: `unpack` and `packed` go between those and the names.
+
+The lineage is a list such as [{"step": "source", "name": "Qwen/Qwen3-0.6B", "tokens": None}, {"step": "upcycle", ...},
+{"step": "train", "tokens": ..., "flops": ..., "seed": ..., "data": {...}, "settings": {...}}]. settings.py reads it for
+defaults, data.py for the place in the text, runs.py for its table.
 
 A kill loses no run. Each file is renamed into place when it is whole, in the order weights, run.json, trainer.pt, and
 each of these holds the number of its training step. Where the numbers differ `load` refuses the folder by name, and
@@ -179,7 +183,7 @@ def read_config(folder):
         eos_token_id=h.get("eos_token_id"),
     )
     if kind in ("mixtral", "qwen3_moe"):
-        G = config.granularity = h.get("granularity", 1)  # a full-width expert is cut into G: see model.Config
+        G = config.granularity = h.get("granularity", 1)  # the file counts the G narrow parts of an expert as experts
         experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
         if experts % G or chosen % G:
             refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
@@ -241,14 +245,16 @@ def spelled(config, name):
 
 
 def unpack(config, state):
-    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out."""
+    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out. A layer's experts are
+    gate_up_proj (E, 2 F, D), the gate above the up, and down_proj (E, D, F)."""
     for name, t in state.items():
         layer, _, matrix = name.partition(".experts.")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if not matrix:
             yield name, t
-        for e, expert in enumerate(t if matrix else ()):
+            continue
+        for e, expert in enumerate(t):
             parts = zip(("gate_proj", "up_proj"), expert.chunk(2)) if matrix == "gate_up_proj" else [(matrix, expert)]
             for which, part in parts:
                 yield f"{layer}.experts.{e}.{which}.weight", part
@@ -328,6 +334,7 @@ def locate(folder, config):
     with torch.device("meta"):  # shapes without numbers
         state = Transformer(config).state_dict()
     files, wanted = tensor_files(folder), {}
+    # A tensor may lie in the files under its public name, under ours, or as a slice of the layer's whole expert tensor.
     for whole, t in state.items():
         for i, (name, part) in enumerate(unpack(config, {whole: t})):
             ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}  # name in the file: shape, index
@@ -489,13 +496,14 @@ def read_trainer(folder):
 
 
 def check_whole(folder):
-    """Raises ValueError if a killed run left weights, run.json and trainer.pt of different steps in the folder."""
+    """Raises ValueError if weights, run.json and trainer.pt are of different training steps: a save was killed between
+    them. A public folder, and an operator's, have no such numbers, and pass."""
     folder, steps = Path(folder), set()
     if (folder / "run.json").exists() and "step" in (run := read_json(folder / "run.json")):
         steps.add(str(run["step"]))
         if (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as f:
-                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # an operator's weights have none
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:

@@ -159,8 +159,8 @@ def polish(X, y, theta, free):
 
 def hoffmann_grid(prefactor, E, X, size=4500):
     """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents lie in 0 .. 2, with the sign that
-    makes the term fall. Where the factor is larger than 20, as ln D1 ln D2 is, they are scaled down. A random `size`
-    of the grid's points if it has more."""
+    makes the term fall; in 0 .. 40 / factor, if the mean factor is above 20 (ln N from N = 5e8 on, a product of two
+    logarithms far more). A random `size` of the grid's points if it has more."""
     axes = []
     for j in range(len(prefactor)):
         factor = X[:, j][X[:, j] != 0]
@@ -191,12 +191,12 @@ def allowance(r, P, q=1):
 
         s / 2 * q * F(q, n - P),   s = mean(psi^2) / mean(psi') * n / (n - P)        (Huber 1981)
 
-    r (n) are the residuals of the best fit, F is the F distribution's 95 % point, psi is the force: r clipped to +-
-    delta. For least squares psi(r) = r and s is the variance of the noise. n / (n - P): the fit has bent towards the
-    runs, so their residuals are smaller than the noise.
-    psi' is 1 for |r| < delta and 0 beyond, so its mean is the share of runs that lie that close to the curve. If the
-    noise is far above delta, these are too few to be counted. So we count the nearer half of the runs, |r| <= h =
-    median |r|, and scale by delta / h, as if r were spread evenly there. Further out the runs thin out.
+    r (n) are the residuals of the best fit, F is the F distribution's 95 % point. psi is the force: r clipped to +-
+    delta. psi' is its slope: 1 for |r| < delta, 0 beyond. n / (n - P): the fit has bent towards the runs. For least
+    squares psi(r) = r, s is the variance of the noise, and this is the F test.
+    mean(psi') is the share of runs within delta of the curve. If the noise is far above delta, these are too few to
+    count. So the nearer half of the runs is counted, those within the median of |r|, and the share is scaled by delta /
+    median.
     """
     n, half = len(r), max(HUBER, np.median(np.abs(r)))
     curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
@@ -266,8 +266,9 @@ def solve(form, table, target="L", fixed=None, starts=None):
 def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
-    With D = 20 N both terms of Chinchilla's law are powers of N. Exchange them, and the fit is as good: so it says
-    nothing about either.
+    The coefficients of a column are the exponents that act on it, and the prefactor of their term: if N is the same in
+    all runs, A N^-alpha is one number. With D = 20 N both terms of Chinchilla's law are powers of N. Exchange them, and
+    the fit is as good: so it says nothing about either.
     """
     args = {c: np.asarray(table[c], float) for c in columns(form)}
     acts = {}  # column: the coefficients of the terms in which it acts

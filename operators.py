@@ -60,7 +60,7 @@ def apply_to_module(module, operator):
     config, weight = operator.config, module.lm_head.weight
     old, dtype = dict(unpack(module.config, module.state_dict())), operator.dtype(weight.dtype)
     made = through(operator, lambda name: old[name].cpu(), dtype)
-    copied = lambda name, shape: packed(config, name, shape, made).clone()  # a formula may hand the old tensor on
+    copied = lambda name, shape: packed(config, name, shape, made).clone()  # or old and new could share memory
     return build(config, copied, dtype).to(weight.device).train(module.training)
 
 

@@ -13,9 +13,9 @@ its rate decays (--branch), or go on after an interruption (--resume). This tabl
 The lineage is the list of steps (trainings, upcycling, growth) that made a checkpoint.
 
 `settle` follows the table. It reads configurations and headers, so that every mistake is found before any work starts.
-It opens no tensors, no text and no device: train.py does, and builds the model from what settle returns. It checks the flags against each
-other, then the folders that they name, and at the end the settings as they were settled: what is inherited can be as
-wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were given.
+It opens no tensors, no text and no device: train.py does, and builds the model from what settle returns. It checks the
+flags against each other, then the folders that they name, and at the end the settings as they were settled: what is
+inherited can be as wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were.
 
 A setting that an older folder does not know takes its default. So a new flag needs a line in `get_parser`, and a word
 in `FROM` which says where a child gets it from.
