@@ -76,7 +76,7 @@ def build(start, ranks):
     than one tensor whole."""
     s, config = start.settings, start.config
     if start.state:
-        value = lambda name, shape: start.state["weights"][name].clone()  # out of the file, which will be replaced
+        value = lambda name, shape: start.state["weights"][name].clone()  # out of the file
     elif start.kind == "init":
         folder = checkpoint.find(s.init)
         read, _ = checkpoint.reader(folder, checkpoint.read_config(folder))
@@ -86,6 +86,8 @@ def build(start, ranks):
     else:
         value = lambda name, shape: model.initial(config, name, shape, s.seed)
     module = checkpoint.build(config, value, shard=ranks.shard if s.fsdp else None)
+    if start.state:
+        del start.state["weights"]  # lets go of trainer.pt, which Windows would not replace while it is mapped
     module.recompute_blocks = s.fsdp if s.checkpoint_blocks is None else s.checkpoint_blocks
     return module.to(ranks.device)
 

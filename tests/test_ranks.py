@@ -58,15 +58,19 @@ def build(config, value, *more, **how):
     return original(config, watched, *more, **how)
 
 checkpoint.build = build
+def settle(flags):
+    return settings.settle(*settings.read_flags(settings.get_parser(), (flags + " --fsdp").split()), ranks.world)
+
 for flags in open("flags.txt").read().splitlines():
-    start = settings.settle(*settings.read_flags(settings.get_parser(), (flags + " --fsdp").split()), ranks.world)
+    start = settle(flags)
     now["files"] = {t.untyped_storage().data_ptr() for t in (start.state or {"weights": {}})["weights"].values()}
     now["most"] = before = held(now["files"])
     now["sharded"] = True
     module = train.build(start, ranks)
     mine = sum(p.to_local().numel() * 4 for p in module.parameters())
     block = sum(p.numel() * 4 for p in module.model.layers[0].parameters())
-    most, start.settings.fsdp, now["sharded"] = now["most"], False, False
+    most, start = now["most"], settle(flags)
+    start.settings.fsdp = now["sharded"] = False
     alone = train.build(start, ranks)
     equal = all(torch.equal(p.full_tensor(), q) for p, q in zip(module.parameters(), alone.parameters()))
     if ranks.first:
