@@ -138,6 +138,7 @@ def rate(step, steps, s):
 
 
 def compile_blocks(module):
+    torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
     for layer in module.model.layers:
         layer.compile()
 
@@ -348,7 +349,6 @@ def main(argv=None):
         ranks.say(f"note: {note}")
 
     # replicas, then the optimizer
-    torch._dynamo.config.optimize_ddp = False  # DDP's own way of cutting graphs would cut each block
     parallel = module
     if ranks.world > 1 and not s.fsdp:
         parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
