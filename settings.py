@@ -50,7 +50,7 @@ FROM = {  # flags: where their values come from in a run that is new, --init, --
     # folder: from config.json          parent: the parent's; giving it is an error (--resume lets an equal value pass)
     SHAPE: ("flag", "folder", "folder", "parent"),
     ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
-    ("batch_tokens", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
+    ("batch_tokens", "optimizer", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
      "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but how a branch decays: see settle
     ("balance_coef",): ("flag", "either", "parent", "parent"),  # --init: config.json's
     ("tokens", "flops", "tokens_per_param", "min_lr"): ("flag", "flag", "flag", "parent"),
@@ -161,6 +161,7 @@ def get_parser(commands=""):
     add("--mask-steps", type=number, metavar="STEPS", help="open the mask of grow.py's random in so many steps")
 
     add = parser.add_argument_group("optimisation").add_argument
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="of hidden matrices; adamw has all others")
     add("--lr", type=positive, default=3e-3, help="highest learning rate")
     add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
     add("--warmup", type=number, help="steps of linear warmup (default: 2%% of the run)")

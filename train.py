@@ -56,6 +56,7 @@ import checkpoint
 import data
 import grow
 import model
+import muon
 import operators
 import runs
 import settings
@@ -105,21 +106,26 @@ def prepare(s, tokenizer, ranks):
     return corpora or data.prepare(s.data, tokenizer, quiet=True, context=s.context)
 
 
-def get_optimizer(named, s, moments, ranks):
-    """AdamW for the parameters `named` {name: parameter}; matrices decay. moments: of an earlier run, or {}."""
+def get_optimizers(named, s, moments, ranks):
+    """[AdamW, and Muon if it is asked for] of the parameters `named` {name: parameter}; matrices decay. moments: of an
+    earlier run, or {}."""
+    matrices = muon.hidden(named) if s.optimizer == "muon" else {}
+    rest = [p for name, p in named.items() if name not in matrices]
     groups = [
-        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if matrices:
+        optimizers.append(muon.Muon(matrices, s.lr, s.weight_decay, dtype=getattr(torch, s.dtype)))
     for name, state in moments.items():
-        p = named[name]
+        p, optimizer = named[name], optimizers[-1 if name in matrices else 0]
         for k, t in state.items():
             t = t.clone().to(ranks.device)
             if ranks.mesh and t.dim():
                 t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
             optimizer.state[p][k] = t
-    return optimizer
+    return optimizers
 
 
 def rate(step, steps, s):
@@ -243,13 +249,14 @@ class Record:
         if self.ranks.first:
             runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
 
-    def save(self, folder, step, module, optimizer, mask, finished=False):
+    def save(self, folder, step, module, optimizers, mask, finished=False):
         """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume reads nothing else: a
         save that is cut short loses nothing."""
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
         weights = {n: whole(t) for n, t in module.state_dict().items()}
         shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
-        moments = {n: {k: whole(t) for k, t in optimizer.state[p].items()} for n, p in module.named_parameters()}
+        state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
+        moments = {n: {k: whole(t) for k, t in state.get(p, {}).items()} for n, p in module.named_parameters()}
         if not self.ranks.first:
             return
         now, kept = self.counted(step), vars(self.settings)
@@ -262,7 +269,7 @@ class Record:
             "format": 1, "step": step, "finished": finished, "settings": kept, "config": vars(self.start.config),
             "run": run, "weights": weights, "optimizer": moments, "sequence": self.reader.sequence,
             "read": self.reader.read, "reads_before": self.reads_before, "samples": self.samples,
-            "seconds": now["seconds"], "lr": optimizer.param_groups[0]["lr"], "ranks": self.ranks.world,
+            "seconds": now["seconds"], "lr": optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
         }  # fmt: skip
         checkpoint.save(module, folder, tokenizer, shown, step)
         checkpoint.write_json(folder / "run.json", run)
@@ -352,7 +359,7 @@ def main(argv=None):
     parallel = module
     if ranks.world > 1 and not s.fsdp:
         parallel = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-    optimizer = get_optimizer(dict(module.named_parameters()), s, state.pop("optimizer") if state else {}, ranks)
+    optimizers = get_optimizers(dict(module.named_parameters()), s, state.pop("optimizer") if state else {}, ranks)
 
     def evaluation():
         with eagerly(compiled):
@@ -395,9 +402,9 @@ def main(argv=None):
                 record.sampled(step, steps, tokenizer.decode(ids))
             try:
                 if step and step in snapshots and (ranks.first or s.fsdp):
-                    record.snapshot(step, module, optimizer, mask)
+                    record.snapshot(step, module, optimizers, mask)
                 if step == steps or step % s.save_every == 0 or stop:
-                    record.save(record.folder, step, module, optimizer, mask, finished=step == steps)
+                    record.save(record.folder, step, module, optimizers, mask, finished=step == steps)
             except (OSError, RuntimeError, checkpoint.SafetensorError) as error:  # a full disk has three names
                 bar.close()
                 print(f"train.py: step {step} could not be saved: {error} (make room, then: "
@@ -413,7 +420,7 @@ def main(argv=None):
 
         # one update
         lr = rate(step, steps, s)
-        for group in optimizer.param_groups:
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = lr
         items = reader.take(accumulate * s.micro_batch * ranks.world)
         parts = ("balance_loss", "z_loss", "dropped", "entropy")
@@ -436,8 +443,9 @@ def main(argv=None):
                 (total / accumulate).backward()
             loss_sum += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         if mask:
             mask.open(step)
