@@ -57,6 +57,23 @@ def at(points, flops):
     return math.nan
 
 
+def grid(table, out, rows, flags):
+    """Trains one run for each of `rows`, {column: value}, and adds it to the CSV `table` with its loss and FLOPs. A row
+    that the table holds is not run again. flags(row): those of train.py."""
+    for row in rows:
+        row = {column: str(value) for column, value in row.items()}
+        known = list(csv.DictReader(open(table))) if table.exists() else []
+        if any(row.items() <= other.items() for other in known):
+            continue
+        loss, flops = train(out / "_".join(row.values()).replace(" ", ""), *SETTING, *flags(row))
+        with open(table, "a", newline="") as f:
+            writer = csv.DictWriter(f, [*row, "loss", "flops"])
+            if not known:
+                writer.writeheader()
+            writer.writerow(row | {"loss": loss, "flops": f"{flops:.6g}"})
+        print(*row.values(), loss, flush=True)
+
+
 def cell(values, sign="+"):
     if any(math.isnan(v) for v in values):
         return "outside"
