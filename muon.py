@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
             for p, part in zip(params, O.split(list(map(len, ahead)))):
                 W = p.to_local() if isinstance(p, DTensor) else p
                 W.mul_(1 - lr * group["weight_decay"])
-                W.add_(own_part(part, p).view_as(W), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+                W.add_(own_part(part, p).reshape(W.shape), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
 # ---- under --fsdp a rank holds whole experts, or a part of every matrix -----------------------------------------------

@@ -21,10 +21,10 @@ SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3")
 M = 1_000_000
 
 
-def train(out, *flags):
-    """(validation loss, FLOPs) of the run in `out`, run now if it is not there."""
+def train(out, *flags, script=(ROOT / "train.py",)):
+    """(validation loss, FLOPs) of the run in `out`, run now if it is not there. script: that, and what comes first."""
     if not (out / "loss.png").exists():  # the last file of a run
-        command = [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(out), "--overwrite"]
+        command = [sys.executable, *map(str, (*script, *flags)), "--out", str(out), "--overwrite"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     last = list(csv.DictReader(open(out / "eval.csv")))[-1]
     return float(last["python_loss"]), float(last["flops"])
@@ -57,15 +57,15 @@ def at(points, flops):
     return math.nan
 
 
-def grid(table, out, rows, flags):
+def grid(table, out, rows, flags, script=lambda row: (ROOT / "train.py",)):
     """Trains one run for each of `rows`, {column: value}, and adds it to the CSV `table` with its loss and FLOPs. A row
-    that the table holds is not run again. flags(row): those of train.py."""
+    that the table holds is not run again. flags(row): those of train.py; script(row): another script in its place."""
     for row in rows:
         row = {column: str(value) for column, value in row.items()}
         known = list(csv.DictReader(open(table))) if table.exists() else []
         if any(row.items() <= other.items() for other in known):
             continue
-        loss, flops = train(out / "_".join(row.values()).replace(" ", ""), *SETTING, *flags(row))
+        loss, flops = train(out / "_".join(row.values()).replace(" ", ""), *SETTING, *flags(row), script=script(row))
         with open(table, "a", newline="") as f:
             writer = csv.DictWriter(f, [*row, "loss", "flops"])
             if not known:

@@ -1,0 +1,80 @@
+"""How large should experts begin, and how fast should they learn, when the router divides their output by K G or E G?
+
+    python experiments/expert_scale.py run [--seeds 1]      # a second call goes on
+    python experiments/expert_scale.py show                 # differences, paired by seed
+
+`moe.output_scale` = s multiplies the initial down_proj, so that the layer's output begins with the variance of the dense
+layer's. Four ways: that, or 1 in the place of s; and the usual update of down_proj, or s times it (with the same decay).
+8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at 0.01.
+"""
+
+import csv
+import subprocess
+import sys
+
+from ladder import M, ROOT, cell, grid, main
+
+sys.path.insert(0, str(ROOT))
+
+TABLE = ROOT / "experiments/expert_scale.csv"
+CASES = [  # router, top_k, granularity
+    ("topk-softmax", 2, 1), ("topk-softmax", 2, 4), ("softmax-topk", 1, 1), ("softmax-topk", 2, 4),
+    ("topk-softmax", 1, 4), ("softmax-topk", 1, 4), ("softmax-topk", 2, 1),
+]  # fmt: skip
+WAYS = {"s, 1": (1, 0), "1, 1": (0, 0), "s, s": (1, 1), "1, s": (0, 1)}  # initial scale, update: powers of s
+
+
+def flags(row):
+    given = f"--hidden-size 64 --num-hidden-layers 3 --experts 8 --tokens {M // 2} --lr 0.01 --seed {row['seed']}"
+    return [*given.split(), "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
+
+
+def run(seed, out):
+    columns = ("router", "top_k", "granularity", "seed", "way")
+    rows = [dict(zip(columns, (*case, seed, way))) for way in WAYS for case in CASES]
+    grid(TABLE, out / "expert_scale", rows, flags, lambda row: [__file__, "one", *map(str, WAYS[row["way"]])])
+
+
+def one(initial, update, *flags):
+    """train.py with another initial down_proj and another update of it; in a process of its own."""
+    import moe
+    import muon
+    import train
+
+    start, step = moe.output_scale, muon.Muon.step
+    moe.output_scale = lambda *shape: start(*shape) ** int(initial)
+
+    def scaled_step(optimizer):
+        scale = start(train.shape.experts, train.shape.top_k, train.shape.granularity, train.shape.router) ** int(update)
+        groups = [g for g in optimizer.param_groups if g["params"][0].dim() == 3 and g["shape"][0] == 64]
+        for g in groups:
+            g["lr"], g["weight_decay"] = g["lr"] * scale, optimizer.defaults["weight_decay"] / scale
+        step(optimizer)
+
+    build = train.build
+
+    def noted(begun, ranks):
+        train.shape = begun.config
+        return build(begun, ranks)
+
+    muon.Muon.step, train.build = scaled_step, noted
+    sys.exit(train.main(flags))
+
+
+def show():
+    rows = list(csv.DictReader(open(TABLE)))
+    losses = {(r["router"], r["top_k"], r["granularity"], r["way"], r["seed"]): float(r["loss"]) for r in rows}
+    print("| router | K | G | as it is | " + " | ".join(f"{way}, less that" for way in list(WAYS)[1:]) + " |")
+    print("|" + "---|" * (3 + len(WAYS)))
+    for case in CASES:
+        key = tuple(map(str, case))
+        mine = {seed: loss for (*k, way, seed), loss in losses.items() if tuple(k) == key and way == "s, 1"}
+        cells = []
+        for way in list(WAYS)[1:]:
+            pairs = [losses[*key, way, seed] - loss for seed, loss in mine.items() if (*key, way, seed) in losses]
+            cells.append(f"{cell(pairs)} ({len(pairs)})" if pairs else "")
+        print(f"| {' | '.join(key)} | {cell(list(mine.values()), '')} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    one(*sys.argv[2:]) if sys.argv[1:2] == ["one"] else main(__doc__, run, show=show)
