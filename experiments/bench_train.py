@@ -3,12 +3,10 @@
     python experiments/bench_train.py                      # bf16 and fp32, a few shapes
     OMP_NUM_THREADS=1 python experiments/bench_train.py    # steadier on a shared machine
 
-The baseline is written as nanoGPT's model is (github.com/karpathy/nanoGPT): learned positions, LayerNorm without bias,
-one joined query-key-value product, torch's fused attention, a GELU MLP of four times the width, a tied head; its loop:
-autocast, backward, clip, AdamW. Both have the same width, depth, heads, context, batch and vocabulary; ours has SwiGLU
-with the width in the table. The two step in turn, so that both meet the same noise; medians, and model FLOP/s
-by one convention (6 a parameter of a product and token, 12 layers width context for the attention). Data loading is
-timed apart: `Reader.take` and `load` of one step's windows from a memory map.
+The baseline's model is that of nanogpt.py; its loop: autocast, backward, clip, AdamW. Both have the same width, depth,
+heads, context, batch and vocabulary; ours has SwiGLU with the width in the table. The two step in turn, so that both
+meet the same noise; medians, and model FLOP/s by one convention (6 a parameter of a product and token, 12 layers width
+context for the attention). Data loading is timed apart: `Reader.take` and `load` of a step's windows from a memory map.
 """
 
 import argparse
@@ -20,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from nanogpt import GPT
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -33,42 +30,6 @@ SHAPES = [  # hidden, MLP of ours, layers, heads, context, windows
     (256, 688, 6, 8, 256, 16),
     (384, 1024, 6, 6, 256, 8),  # nanoGPT's README, Shakespeare
 ]
-
-
-class Baseline(nn.Module):
-    def __init__(self, vocab, width, layers, heads, context):
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(BaselineBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, vocab, bias=False)
-        self.head.weight = self.tokens.weight
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, 0, 0.02 / (2 * layers) ** 0.5 if "project" in name else 0.02)
-
-    def forward(self, ids, targets):
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=-1)
-
-
-class BaselineBlock(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.project1 = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.project2 = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x):
-        B, T, D = x.shape
-        q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(D, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project1(y.transpose(1, 2).contiguous().view(B, T, D))
-        return x + self.project2(F.gelu(self.up(self.norm2(x))))
 
 
 def stepper(module, loss_of, dtype, ids, targets):
@@ -106,7 +67,7 @@ def main():
           f" {'nanoGPT':>9} {'ours':>9} {'GFLOP/s':>9} {'GFLOP/s':>9} {'ratio':>6} {'to its fp32':>11}")  # fmt: skip
     for D, width, layers, heads, context, windows in SHAPES:
         ids, targets = torch.randint(256, (2, windows, context))
-        base = Baseline(256, D, layers, heads, context)
+        base = GPT(256, D, layers, heads, context)
         base_flops = 6 * (sum(p.numel() for p in base.parameters()) - context * D) + 12 * layers * D * context
         steps, flops = {}, {}
         for dtype in ("bfloat16", "float32"):
