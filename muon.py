@@ -33,6 +33,7 @@ import math
 import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+OTHERS = 4.0  # times the rate: for embedding, head, router and gains under AdamW (experiments/LOG.md)
 A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c: steep at 0, where small values must come up from
 
 
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
     """For parameters `named` {name: parameter}: a matrix (rows, columns), or those of all experts (E, rows, columns).
 
     A group of parameters is a batch: matrices of one shape, worked on together. On a CPU it has at most 2^19 numbers,
-    which stay in the caches; elsewhere 2^26. dtype: of `orthogonal`; bfloat16 is enough, and the faster where it is fast."""
+    which stay in the caches; elsewhere 2^26. dtype: of `orthogonal`; bfloat16 is enough, where it is fast."""
 
     def __init__(self, named, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
         batches = {}  # (rows, columns): lists of parameters
@@ -92,7 +93,7 @@ class Muon(torch.optim.Optimizer):
                 W.add_(own_part(part, p).reshape(W.shape), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-# ---- under --fsdp a rank holds whole experts, or a part of every matrix -----------------------------------------------
+# ---- under --fsdp a rank holds whole experts, or a part of every matrix ----------------------------------------------
 
 
 def holds_whole_experts(p):

@@ -95,6 +95,10 @@ def positive(text):
     return value
 
 
+def rate(text):
+    return text if text == "auto" else positive(text)
+
+
 def counts(text):
     return [number(part) for part in text.split(",")]
 
@@ -162,7 +166,7 @@ def get_parser(commands=""):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of hidden matrices; adamw has all others")
-    add("--lr", type=positive, default=3e-3, help="highest learning rate")
+    add("--lr", type=rate, default="auto", metavar="X", help="highest learning rate, or auto: see settings.auto_lr")
     add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
     add("--warmup", type=number, help="steps of linear warmup (default: 2%% of the run)")
     schedules = ("cosine", "wsd", "constant")
@@ -329,7 +333,7 @@ def finish(kind, s, given, config, tokenizer):
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
         s.tokens = 3_000_000
-    if not s.lr or s.min_lr > s.lr:  # here and not in check_flags: a branch has the trunk's lr
+    if s.lr != "auto" and not s.min_lr <= s.lr > 0:  # here and not in check_flags: a branch has the trunk's lr
         raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
 
 
@@ -432,6 +436,11 @@ def default_micro_batch(config, context, windows, memory):
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
+def auto_lr(optimizer, sizes, tokens):
+    """The rate that did best for a model of N_active parameters and a run of so many tokens, 2,048 a step."""
+    return 0.005 if optimizer == "muon" else 0.003
+
+
 def horizon(s, config, sizes, flops_per_token, device, world):
     """(steps of the run, the steps that --save-at means). Fills in what is counted in steps, and the micro-batch.
     Raises ValueError for what does not fit into the run."""
@@ -444,6 +453,7 @@ def horizon(s, config, sizes, flops_per_token, device, world):
     windows = s.batch_tokens // s.context // world  # of a rank in a step
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
+    s.lr = auto_lr(s.optimizer, sizes, steps * s.batch_tokens) if s.lr == "auto" else s.lr
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)
     s.save_every = s.save_every or max(1, steps // 10)

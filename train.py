@@ -107,8 +107,8 @@ def prepare(s, tokenizer, ranks):
 
 
 def get_optimizers(named, s, moments, ranks):
-    """[AdamW, and Muon if it is asked for] of the parameters `named` {name: parameter}; matrices decay. moments: of an
-    earlier run, or {}."""
+    """[Muon, if it is asked for, and AdamW] for the parameters `named` {name: parameter}; matrices decay. moments: those
+    of an earlier run, or {}."""
     matrices = muon.hidden(named) if s.optimizer == "muon" else {}
     rest = [p for name, p in named.items() if name not in matrices]
     groups = [
@@ -117,9 +117,11 @@ def get_optimizers(named, s, moments, ranks):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if matrices:
-        optimizers.append(muon.Muon(matrices, s.lr, s.weight_decay, dtype=getattr(torch, s.dtype)))
+        optimizers.insert(0, muon.Muon(matrices, s.lr, s.weight_decay, dtype=getattr(torch, s.dtype)))
+    for group in optimizers[-1].param_groups:
+        group["factor"] = muon.OTHERS if matrices else 1.0
     for name, state in moments.items():
-        p, optimizer = named[name], optimizers[-1 if name in matrices else 0]
+        p, optimizer = named[name], optimizers[0 if name in matrices else -1]
         for k, t in state.items():
             t = t.clone().to(ranks.device)
             if ranks.mesh and t.dim():
@@ -421,7 +423,7 @@ def main(argv=None):
         # one update
         lr = rate(step, steps, s)
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         items = reader.take(accumulate * s.micro_batch * ranks.world)
         parts = ("balance_loss", "z_loss", "dropped", "entropy")
         loss_sum, extra, load = torch.zeros((), device=device), torch.zeros(len(parts), device=device), None

@@ -12,9 +12,17 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import settings
+import train as trainer
+from ranks import Ranks
+
 STEP = 2048  # tokens
 SETTING = ("--batch-tokens", str(STEP), "--eval-every", "1000000", "--save-every", "1000000")
 SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3")
@@ -72,6 +80,43 @@ def grid(table, out, rows, flags, script=lambda row: (ROOT / "train.py",)):
                 writer.writeheader()
             writer.writerow(row | {"loss": loss, "flops": f"{flops:.6g}"})
         print(*row.values(), loss, flush=True)
+
+
+def stepper(flags):
+    """(a function that makes one whole step of train.py with these flags, on random tokens; their settings)."""
+    ranks = Ranks()
+    ranks.join(torch.device("cpu"), fsdp=False)
+    given = [*flags, "--out", "out/not-made"]
+    start = settings.settle(*settings.read_flags(settings.get_parser(), given), 1)
+    s, module = start.settings, trainer.build(start, ranks)
+    s.dtype = "bfloat16" if settings.fast_bf16(ranks.device) else "float32"
+    settings.horizon(s, start.config, module.num_parameters(), 1, ranks.device, 1)
+    optimizers = trainer.get_optimizers(dict(module.named_parameters()), s, {}, ranks)
+    ids = torch.randint(start.config.vocab_size, (s.batch_tokens // s.context, s.context))
+
+    def step():
+        for x in ids.split(s.micro_batch):
+            with torch.autocast("cpu", torch.bfloat16) if s.dtype == "bfloat16" else nullcontext():
+                _, loss, aux = module(x, x)
+            (loss + s.balance_coef * aux["balance_loss"] if aux else loss).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step, s
+
+
+def in_turn(steps, rounds, clock):
+    """{name: its times, in seconds of clock()} of the functions `steps` {name: function}, called in turn."""
+    seconds = {name: [] for name in steps}
+    for i in range(rounds + 2):  # the first two do not count
+        for name, step in steps.items():
+            start = clock()
+            step()
+            if i > 1:
+                seconds[name].append(clock() - start)
+    return seconds
 
 
 def cell(values, sign="+"):

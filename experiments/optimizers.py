@@ -11,18 +11,10 @@ at the budget that it finishes in the time that Muon takes, linearly in the loga
 
 import csv
 import statistics
-import sys
 import time
-from contextlib import nullcontext
 
 import torch
-from ladder import ROOT, SHAPE, M, at, cell, folder, ladder, main, read, write
-
-sys.path.insert(0, str(ROOT))
-import model
-import settings
-import train
-from ranks import Ranks
+from ladder import ROOT, SHAPE, M, at, cell, folder, in_turn, ladder, main, read, stepper, write
 
 TABLE, SPEED = ROOT / "experiments/optimizers.csv", ROOT / "experiments/optimizer_speed.csv"
 MODELS = {  # name: flags, rate of AdamW, rate of Muon, budgets
@@ -48,47 +40,17 @@ def run(seed, out):
 
 def speed(rounds=25):
     """Seconds of a whole step of train.py, in turn."""
-    ranks, steps = Ranks(), {}
-    ranks.join(torch.device("cpu"), fsdp=False)
+    steps = {}
     for name, flags in SPEEDS.items():
         for optimizer in ("adamw", "muon"):
-            given = [*flags.split(), "--optimizer", optimizer, "--out", "out/none"]
-            start = settings.settle(*settings.read_flags(settings.get_parser(), given), 1)
-            s, module = start.settings, train.build(start, ranks)
-            s.dtype = "bfloat16" if settings.fast_bf16(ranks.device) else "float32"
-            settings.horizon(s, start.config, module.num_parameters(), 1, ranks.device, 1)
-            optimizers = train.get_optimizers(dict(module.named_parameters()), s, {}, ranks)
-            steps[name, optimizer] = stepper(module, optimizers, s)
-    seconds = {key: [] for key in steps}
-    for i in range(rounds + 2):
-        for key, step in steps.items():
-            taken = step()
-            if i > 1:
-                seconds[key].append(taken)
+            steps[name, optimizer], s = stepper([*flags.split(), "--optimizer", optimizer])
+    seconds = in_turn(steps, rounds, time.perf_counter)
     with open(SPEED, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["model", "optimizer", "seconds_a_step", "lowest", "highest", "dtype", "threads"])
         for key, t in seconds.items():
             row = [f"{x:.4f}" for x in (statistics.median(t), min(t), max(t))]
             writer.writerow([*key, *row, s.dtype, torch.get_num_threads()])
-
-
-def stepper(module, optimizers, s):
-    ids = torch.randint(256, (s.batch_tokens // s.context, s.context))
-
-    def step():
-        start = time.perf_counter()
-        for x in ids.split(s.micro_batch):
-            with torch.autocast("cpu", torch.bfloat16) if s.dtype == "bfloat16" else nullcontext():
-                _, loss, aux = module(x, x)
-            (loss + 0.01 * aux["balance_loss"] if aux else loss).backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return step
 
 
 def show():

@@ -26,17 +26,16 @@ SIZES = {
     "64 x 3, 8x2": "--hidden-size 64 --num-hidden-layers 3 --experts 8 --top-k 2",
 }
 RATES = {  # (optimizer, size, tokens): rates
-    ("muon", "64 x 3", M): (0.003, 0.006, 0.012, 0.024),
+    ("muon", "64 x 3", M): (0.0035, 0.007, 0.014),
     ("adamw", "64 x 3", M): (0.003, 0.006, 0.012),
-    ("muon", "32 x 2", M): (0.006, 0.012, 0.024),
-    ("muon", "128 x 3", M): (0.003, 0.006, 0.012),
+    ("muon", "128 x 3", M): (0.0025, 0.005, 0.01),
     ("adamw", "128 x 3", M): (0.0015, 0.003, 0.006),
-    ("muon", "64 x 3, 8x2", M): (0.003, 0.006, 0.012),
+    ("muon", "64 x 3, 8x2", M): (0.0035, 0.007, 0.014),
     ("adamw", "64 x 3, 8x2", M): (0.003, 0.006, 0.012),
-    ("muon", "64 x 3", 4 * M): (0.003, 0.006, 0.012),
-    ("adamw", "64 x 3", 4 * M): (0.003, 0.006, 0.012),
-    ("muon", "256 x 4", M // 2): (0.003, 0.006, 0.012),
-    ("muon", "128 x 3", 4 * M): (0.003, 0.006),
+    ("muon", "32 x 2", M): (0.007, 0.014, 0.028),
+    ("muon", "64 x 3", 4 * M): (0.0035, 0.007, 0.014),
+    ("adamw", "64 x 3", 4 * M): (0.003, 0.006),
+    ("muon", "256 x 4", M // 2): (0.00175, 0.0035, 0.007),
 }
 
 
@@ -47,11 +46,12 @@ def flags(row):
 
 def run(seed, out):
     columns = ("optimizer", "size", "tokens", "lr", "seed")
-    grid(TABLE, out / "rates", [dict(zip(columns, (*k, lr, seed))) for k, rates in RATES.items() for lr in rates], flags)
+    rows = [dict(zip(columns, (*key, lr, seed))) for key, rates in RATES.items() for lr in rates]
+    grid(TABLE, out / "rates", rows, flags)
 
 
 def best(points):
-    """(rate, loss) at the bottom of a parabola through the three lowest of [(rate, loss)]; the lowest if it is an end."""
+    """(rate, loss) at the bottom of a parabola through the three lowest of [(rate, loss)]; an end, if it is lowest."""
     points = sorted(points)
     i = min(range(len(points)), key=lambda i: points[i][1])
     if not 0 < i < len(points) - 1:
