@@ -139,10 +139,12 @@ def rotation(config, positions, device):
 
 
 def rotate(x, cos, signed_sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angles. roll gives
-    (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos[:, None].to(x.dtype), swapped, signed_sin[:, None].to(x.dtype))
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (..., head_dim) by their angles. roll gives (b, a), so
+    the sum is (a cos - b sin, b cos + a sin)."""
+    cos, signed_sin = cos.to(x.dtype), signed_sin.to(x.dtype)
+    if x.device.type == "cpu":
+        return cpu.Rotate.apply(x, cos, signed_sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
 
 
 class Attention(nn.Module):
@@ -160,18 +162,22 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        on_cpu = x.device.type == "cpu"
+        if on_cpu:  # (B, heads, T, head_dim) from here on: one copy, and what follows reads in order
+            q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        else:
+            cos, sin = cos[:, None], sin[:, None]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        if not on_cpu:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:  # keys and values of the tokens before these
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # memory grows with T^2
+        if on_cpu and 1 < T <= 2048 // q.itemsize:  # its memory grows with T^2
             y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
@@ -191,7 +197,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up), None  # no router, no aux: see moe.MoE
+        hidden = cpu.SwiGLU.apply(gate, up) if x.device.type == "cpu" else F.silu(gate) * up
+        return self.down_proj(hidden), None  # no router, no aux: see moe.MoE
 
 
 class Block(nn.Module):
