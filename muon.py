@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
                 W.add_(own_part(part, p).reshape(W.shape), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-# ---- under --fsdp a rank holds whole experts, or a part of every matrix -----------------------------------------------
+# ---- under --fsdp a rank holds whole experts, or a part of every matrix ----------------------------------------------
 
 
 def holds_whole_experts(p):
