@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
     A group of parameters is a batch: matrices of one shape, worked on together. On a CPU it has at most 2^19 numbers,
     which stay in the caches; elsewhere 2^26. dtype: of `orthogonal`; bfloat16 is enough, where it is fast."""
 
-    def __init__(self, named, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+    def __init__(self, named, lr, weight_decay=0.1, momentum=0.95, dtype=None):
         batches = {}  # (rows, columns): lists of parameters
         for name, p in named.items():
             pair = name.endswith("gate_up_proj")  # two matrices in one, gate above up
@@ -83,10 +83,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 M = state["momentum_buffer"].lerp_(p.grad, 1 - m)
-                ahead.append(gathered(p.grad.lerp(M, m)).reshape(-1, *shape))
+                ahead.append(gathered(p.grad.lerp(M, m).to(dtype=self.dtype)).reshape(-1, *shape))
             if not params:
                 continue
-            O = orthogonal(torch.cat(ahead).to(self.dtype)).float()
+            O = orthogonal(torch.cat(ahead))
             for p, part in zip(params, O.split(list(map(len, ahead)))):
                 W = p.to_local() if isinstance(p, DTensor) else p
                 W.mul_(1 - lr * group["weight_decay"])

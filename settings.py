@@ -17,8 +17,8 @@ It opens no tensors, no text and no device: train.py does, and builds the model 
 flags against each other, then the folders that they name, and at the end the settings as they were settled: what is
 inherited can be as wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were.
 
-A setting that an older folder does not know takes its default. So a new flag needs a line in `get_parser`, and a word
-in `FROM` which says where a child gets it from.
+A setting that an older folder does not know takes its default, or its value in `BEFORE` if that was another. So a new
+flag needs a line in `get_parser`, and a word in `FROM` which says where a child gets it from.
 """
 
 import argparse
@@ -61,6 +61,7 @@ FROM = {  # flags: where their values come from in a run that is new, --init, --
     ("log_every", "eval_every", "save_every"): ("flag", "flag", "flag", "either"),
     ("out", "device", "compile", "fsdp", "checkpoint_blocks"): ("flag", "flag", "flag", "flag"),
 }  # fmt: skip
+BEFORE = {"optimizer": "adamw"}  # of a run that is older than the flag
 MIXTURE = ("top_k", "granularity", "router", "capacity_factor", "balance_coef", "z_coef")  # no use to a dense model
 
 
@@ -258,7 +259,7 @@ def settle(args, given, world):
 
 def inherit(kind, args, given, stored):
     """The settings that the table FROM gives: from the flags `args`, or from `stored`, the parent's own settings."""
-    s, defaults = SimpleNamespace(), vars(get_parser().parse_args([]))
+    s, defaults = SimpleNamespace(), vars(get_parser().parse_args([])) | BEFORE
     upcycling = ("granularity", "router") if args.upcycle else ()  # of the new experts
     for names, ways in FROM.items():
         way = ways[KINDS.index(kind)]

@@ -18,9 +18,9 @@ import train
 from settings import FROM, KINDS, SHAPE
 
 OWN = dict(
-    lr=1e-3, min_lr=1e-4, warmup=1, schedule="cosine", decay_fraction=0.5, weight_decay=0.2, grad_clip=0.5, seed=3,
-    micro_batch=2, log_every=3, eval_every=2, save_every=2, eval_tokens=320, save_at="768", dtype="float32",
-    hidden_size=32, num_hidden_layers=1, context=32, batch_tokens=256, tokens=1024, data="a.txt",
+    optimizer="adamw", lr=1e-3, min_lr=1e-4, warmup=1, schedule="cosine", decay_fraction=0.5, weight_decay=0.2,
+    grad_clip=0.5, seed=3, micro_batch=2, log_every=3, eval_every=2, save_every=2, eval_tokens=320, save_at="768",
+    dtype="float32", hidden_size=32, num_hidden_layers=1, context=32, batch_tokens=256, tokens=1024, data="a.txt",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_the_table_names_every_flag_once_but_for_the_two_that_are_no_settings():
     assert all(len(ways) == len(KINDS) and {*ways} <= {"flag", "parent", "folder", "either"} for ways in FROM.values())
 
 
-WORDS = {"router": "softmax-topk", "schedule": "constant", "dtype": "bfloat16"}
+WORDS = {"router": "softmax-topk", "optimizer": "adamw", "schedule": "constant", "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,8 +97,9 @@ def test_an_init_takes_the_shape_from_the_folder_the_text_from_the_parent_and_a_
     s = start.settings
     assert (s.hidden_size, s.num_hidden_layers, start.config.hidden_size) == (32, 1, 32)
     assert (s.data, s.tokenizer, s.context) == ("a.txt", "bytes", 32)
-    for name in ("lr", "min_lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "seed", "dtype",
-                 "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens", "save_at"):  # fmt: skip
+    for name in ("optimizer", "lr", "min_lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip",
+                 "seed", "dtype", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens",
+                 "save_at"):  # fmt: skip
         assert getattr(s, name) == default(name) != OWN[name], name
     assert s.tokens == 3_000_000 and start.state is None
     assert settle("--init", "trunk", "--context", 64).settings.context == 64
@@ -107,7 +108,8 @@ def test_an_init_takes_the_shape_from_the_folder_the_text_from_the_parent_and_a_
 def test_a_branch_keeps_optimizer_data_and_seed_and_decays_from_the_rate_of_that_step(here):
     start = settle("--branch", "trunk/step-3", "--tokens", 512)
     s, rate = start.settings, checkpoint.read_trainer("trunk/step-3")["lr"]
-    for name in ("data", "context", "batch_tokens", "weight_decay", "grad_clip", "seed", "micro_batch", "dtype"):
+    for name in ("data", "context", "batch_tokens", "optimizer", "weight_decay", "grad_clip", "seed", "micro_batch",
+                 "dtype"):  # fmt: skip
         assert getattr(s, name) == OWN[name], name
     assert OWN["min_lr"] < s.lr == rate < OWN["lr"]  # the cosine has come down some way
     assert (s.schedule, s.warmup, s.decay_fraction, s.min_lr, s.tokens) == ("wsd", 0, 1.0, 0.0, 512)
@@ -146,7 +148,7 @@ def without(folder, target, *names):
 def test_a_setting_that_an_older_folder_lacks_takes_the_default_of_its_flag(kind, here, tmp_path):
     inherited = [name for names, ways in FROM.items() for name in names if ways[KINDS.index(kind)] in
                  ("parent", "either") and name not in SHAPE]  # fmt: skip
-    names = [name for name in inherited if name in OWN and default(name) is not None]
+    names = [n for n in inherited if n in OWN and n not in settings.BEFORE and default(n) is not None]
     assert {"weight_decay", "grad_clip", "seed", "batch_tokens", "dtype"} <= {*names}
     branch = {"lr", "schedule", "decay_fraction"}  # a branch has its own
     without("trunk/step-3", tmp_path / "old", *names, "z_coef", "balance_coef", "warmup", "micro_batch", "mask_steps")
@@ -165,6 +167,25 @@ def test_a_run_goes_on_from_an_older_folder(here, tmp_path, capsys):
     assert train.main(["--resume", "--out", str(tmp_path / "old")]) == 0
     assert checkpoint.read_trainer(tmp_path / "old")["step"] == 4
     assert checkpoint.read_trainer(tmp_path / "branch")["settings"]["grad_clip"] == default("grad_clip")
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizers_goes_on_with_adamw(here, tmp_path):
+    old, branch = str(tmp_path / "old"), str(tmp_path / "branch")
+    without("trunk/step-3", old, "optimizer")
+    for optimizer in ("muon", "adamw"):
+        with pytest.raises(ValueError, match="--optimizer .* the run has adamw .a branch keeps"):
+            settle("--branch", old, "--tokens", 256, "--optimizer", optimizer)
+    with pytest.raises(ValueError, match="--optimizer muon cannot be given: the run has adamw .a resumed run keeps"):
+        settle("--resume", "--out", old, "--optimizer", "muon")
+    assert train.main(["--branch", old, "--tokens", "256", "--out", branch]) == 0
+    assert train.main(["--resume", "--out", old, "--optimizer", "adamw"]) == 0
+    resumed, branched, calm = (checkpoint.read_trainer(folder) for folder in (old, branch, "trunk"))
+    assert all(torch.equal(t, calm["weights"][n]) for n, t in resumed["weights"].items())
+    for state in (resumed, branched):
+        assert state["settings"]["optimizer"] == "adamw"
+        assert all(kept.keys() == {"exp_avg", "exp_avg_sq", "step"} for kept in state["optimizer"].values())
+        assert {kept["step"].item() for kept in state["optimizer"].values()} == {4.0}
+    assert settle("--init", old).settings.optimizer == "muon"  # a new optimizer
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
