@@ -107,8 +107,8 @@ def prepare(s, tokenizer, ranks):
 
 
 def get_optimizers(named, s, moments, ranks):
-    """[Muon, if it is asked for, and AdamW] for the parameters `named` {name: parameter}; matrices decay. moments: those
-    of an earlier run, or {}."""
+    """[Muon, if it is asked for, and AdamW] for the parameters `named` {name: parameter}; matrices decay. moments:
+    those of an earlier run, or {}."""
     matrices = muon.hidden(named) if s.optimizer == "muon" else {}
     rest = [p for name, p in named.items() if name not in matrices]
     groups = [

@@ -23,9 +23,7 @@ ROWS = {  # name: flags; of a flag that is given twice the second counts
     "AdamW, 1.5e-3, 1,024 tokens a step": BASE + " --optimizer adamw --lr 0.0015 --batch-tokens 1024",
     "Muon, 5e-3": BASE,
     "Muon, 1,024 tokens a step": BASE + " --batch-tokens 1024",
-    "Muon, 4,096 tokens a step": BASE + " --batch-tokens 4096",
     "Muon, 4 heads": BASE + " --num-attention-heads 4",
-    "Muon, 4 layers": BASE + " --num-hidden-layers 4",
     "Muon, 3 x 192, 3.5e-3, 3 heads": BASE + " --hidden-size 192 --num-attention-heads 3 --lr 0.0035",
     "Muon, 2 x 192, 3.5e-3, 3 heads": BASE + " --hidden-size 192 --num-attention-heads 3 --lr 0.0035"
                                              " --num-hidden-layers 2",

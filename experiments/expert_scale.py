@@ -25,7 +25,7 @@ WAYS = {"s, 1": (1, 0), "1, 1": (0, 0), "s, s": (1, 1), "1, s": (0, 1)}  # initi
 
 
 def flags(row):
-    given = f"--hidden-size 64 --num-hidden-layers 3 --experts 8 --tokens {M // 2} --lr 0.007 --seed {row['seed']}"
+    given = f"--hidden-size 64 --num-hidden-layers 3 --num-attention-heads 4 --experts 8 --tokens {M // 2} --lr 0.007 --seed {row['seed']}"
     return [*given.split(), "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
 
 

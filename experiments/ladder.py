@@ -25,7 +25,7 @@ from ranks import Ranks
 
 STEP = 2048  # tokens
 SETTING = ("--batch-tokens", str(STEP), "--eval-every", "1000000", "--save-every", "1000000")
-SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3")
+SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
 M = 1_000_000
 
 

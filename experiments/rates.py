@@ -19,23 +19,22 @@ sys.path.insert(0, str(ROOT))
 
 TABLE = ROOT / "experiments/rates.csv"
 SIZES = {
-    "32 x 2": "--hidden-size 32 --num-hidden-layers 2",
-    "64 x 3": "--hidden-size 64 --num-hidden-layers 3",
-    "128 x 3": "--hidden-size 128 --num-hidden-layers 3",
+    "32 x 2": "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4",
+    "64 x 3": "--hidden-size 64 --num-hidden-layers 3 --num-attention-heads 4",
+    "128 x 3": "--hidden-size 128 --num-hidden-layers 3 --num-attention-heads 4",
     "256 x 4": "--hidden-size 256 --num-hidden-layers 4",
-    "64 x 3, 8x2": "--hidden-size 64 --num-hidden-layers 3 --experts 8 --top-k 2",
+    "64 x 3, 8x2": "--hidden-size 64 --num-hidden-layers 3 --num-attention-heads 4 --experts 8 --top-k 2",
 }
 RATES = {  # (optimizer, size, tokens): rates
     ("muon", "64 x 3", M): (0.0035, 0.007, 0.014),
     ("adamw", "64 x 3", M): (0.003, 0.006, 0.012),
     ("muon", "128 x 3", M): (0.0025, 0.005, 0.01),
     ("adamw", "128 x 3", M): (0.0015, 0.003, 0.006),
-    ("muon", "64 x 3, 8x2", M): (0.0035, 0.007, 0.014),
     ("adamw", "64 x 3, 8x2", M): (0.003, 0.006, 0.012),
     ("muon", "32 x 2", M): (0.007, 0.014, 0.028),
-    ("muon", "64 x 3", 4 * M): (0.0035, 0.007, 0.014),
-    ("adamw", "64 x 3", 4 * M): (0.003, 0.006),
-    ("muon", "256 x 4", M // 2): (0.00175, 0.0035, 0.007),
+    ("muon", "64 x 3, 8x2", M): (0.0035, 0.007, 0.014),
+    ("muon", "256 x 4", M // 2): (0.0025, 0.005),
+    ("muon", "64 x 3", 4 * M): (0.0035, 0.007),
 }
 
 
