@@ -334,8 +334,8 @@ def finish(kind, s, given, config, tokenizer):
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
         s.tokens = 3_000_000
-    if s.lr != "auto" and not s.min_lr <= s.lr > 0:  # here and not in check_flags: a branch has the trunk's lr
-        raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
+    if s.lr != "auto":  # here and not in check_flags: a branch has the trunk's lr
+        check_rate(s)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
@@ -394,6 +394,11 @@ def check_batch(s, world, fit):
         raise ValueError(f"--micro-batch {s.micro_batch} does not divide the {share} windows of a rank ({right})")
 
 
+def check_rate(s):
+    if not s.min_lr <= s.lr > 0:
+        raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
+
+
 def told_apart(state, s, config, world):
     """[a note] if a run, or the trunk of a branch, goes on with other ranks or another micro-batch; else []."""
     same_micro, same_ranks = state["settings"].get("micro_batch") == s.micro_batch, state.get("ranks", 1) == world
@@ -437,9 +442,11 @@ def default_micro_batch(config, context, windows, memory):
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
-def auto_lr(optimizer, sizes, tokens):
-    """The rate that did best for a model of N_active parameters and a run of so many tokens, 2,048 a step."""
-    return 0.005 if optimizer == "muon" else 0.003
+def auto_lr(optimizer, N, D):
+    """The highest rate for N parameters (N_active) and a run of D tokens, fitted to experiments/rates.csv: 0.03 to 3 M
+    parameters, 0.5 to 4 M tokens, 2,048 a step. AdamW: the Step Law (2503.04715), N^-0.713 D^0.307, with a quarter of its
+    factor of 1.79. Muon: width^-0.5, for an orthogonal update grows with the root of the width beside its matrix."""
+    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 0.0083 * (N / 160e3) ** -0.25
 
 
 def horizon(s, config, sizes, flops_per_token, device, world):
@@ -454,7 +461,9 @@ def horizon(s, config, sizes, flops_per_token, device, world):
     windows = s.batch_tokens // s.context // world  # of a rank in a step
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
-    s.lr = auto_lr(s.optimizer, sizes, steps * s.batch_tokens) if s.lr == "auto" else s.lr
+    if s.lr == "auto":
+        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], max(1, steps) * s.batch_tokens):.2g}")
+        check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)
     s.save_every = s.save_every or max(1, steps // 10)
