@@ -20,12 +20,18 @@ By hand: G = [[0.96, 0], [0, 0.28]] has length 1 already. p makes of it [[0.739,
 3.4445 * 0.28 - 4.7750 * 0.28^3 + 2.0315 * 0.28^5 = 0.863. The ratio was 3.4 and is 1.2, after one application.
 
 Which parameters: the matrices between hidden vectors, in attention, MLP and experts. The rows of embedding, head and
-router belong to a word or an expert each, and gains are no matrices: AdamW updates those.
+router belong to a word or an expert each, and gains are no matrices: AdamW updates those, at `OTHERS` times the rate.
 
-Left out: other polynomials, per-head updates, and sharing the work out. Every rank orthogonalises every matrix but,
+Left out: other polynomials, an update per head, and sharing the work out. Every rank orthogonalises every matrix but,
 under --fsdp, those of experts that other ranks hold.
 
-Try:
+Try, with `train.py --hidden-size 64 --tokens 3e5 --batch-tokens 2048 --lr 0.007`:
+1. Run it as it is, and with `--optimizer adamw`. (1.932 and 2.453. At its own best rates AdamW is still behind: see the
+   README.)
+2. Let the loop in `orthogonal` run 0 times: an update of the right length along G itself. (2.145: half of what Muon gains
+   is lost.)
+3. Let `hidden` take embedding and head as well. (2.075.)
+4. `torch.linalg.svdvals(X)` of a random X (64, 192), before and after `orthogonal`. (6.0 to 21.2; 0.68 to 1.13.)
 """
 
 import math

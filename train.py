@@ -21,8 +21,7 @@ n ranks give the numbers of one rank that accumulates n times as often.
 Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it; evaluation is
 always in fp32. A run leaves a folder, which `Record` writes: a checkpoint that transformers opens, and its tables.
 
-Left out: other optimizers than AdamW, activation checkpointing, tensor, pipeline and expert parallelism, a search for
-the learning rate, a metrics service (log.csv is one).
+Left out: tensor, pipeline and expert parallelism, a search for the learning rate, a metrics service (log.csv is one).
 
 Try:
   1. `python train.py --schedule constant --tokens 5e5 --out out/c` and `python train.py --branch out/c --tokens 1e5
