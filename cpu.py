@@ -54,21 +54,6 @@ def turned(x, cos, signed_sin):
     return y
 
 
-class SwiGLU(torch.autograd.Function):
-    """y = silu(gate) up. Keeps gate and up, and computes silu(gate) a second time: autograd would keep it as well."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dup = torch.nn.functional.silu(gate).mul_(dy)
-        return torch.ops.aten.silu_backward(dy * up, gate), dup
-
-
 def causal_attention(q, k, v, block=64):
     """softmax(q k^T / sqrt(head_dim)) v with a causal mask. q (B, heads, T, head_dim), k and v (B, kv_heads, T,
     head_dim) -> y as q. Fastest if all are contiguous."""
@@ -80,8 +65,7 @@ def causal_attention(q, k, v, block=64):
 
 class Attention(torch.autograd.Function):
     """A block of queries at a time meets the keys up to its end: the rest of the square is never computed. The
-    probabilities p are kept: memory grows with T^2. With s the scores: dv = p^T dy, dp = dy v^T, dk = ds^T q, dq = ds k.
-    """
+    probabilities p are kept: memory grows with T^2. For scores s: dv = p^T dy, dp = dy v^T, dk = ds^T q, dq = ds k."""
 
     @staticmethod
     def forward(ctx, q, k, v, block):
@@ -101,7 +85,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, v, *kept = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # dk and dv are sums over blocks
+        dy, wide = dy.contiguous(), torch.promote_types(q.dtype, torch.float32)  # dk and dv are sums over blocks
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for i, p in enumerate(kept):
             now, seen = slice(i * ctx.block, (i + 1) * ctx.block), slice((i + 1) * ctx.block)

@@ -139,12 +139,12 @@ def rotation(config, positions, device):
 
 
 def rotate(x, cos, signed_sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (..., head_dim) by their angles. roll gives (b, a), so
-    the sum is (a cos - b sin, b cos + a sin)."""
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim), on a CPU (B, heads, T, head_dim),
+    by their angles. roll gives (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
     cos, signed_sin = cos.to(x.dtype), signed_sin.to(x.dtype)
     if x.device.type == "cpu":
         return cpu.Rotate.apply(x, cos, signed_sin)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), signed_sin[:, None])
 
 
 class Attention(nn.Module):
@@ -164,10 +164,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         on_cpu = x.device.type == "cpu"
-        if on_cpu:  # (B, heads, T, head_dim) from here on: one copy, and what follows reads in order
+        if on_cpu:  # (B, heads, T, head_dim) at once: one copy, and all that follows reads in order
             q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-        else:
-            cos, sin = cos[:, None], sin[:, None]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -197,8 +195,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden = cpu.SwiGLU.apply(gate, up) if x.device.type == "cpu" else F.silu(gate) * up
-        return self.down_proj(hidden), None  # no router, no aux: see moe.MoE
+        return self.down_proj(F.silu(gate) * up), None  # no router, no aux: see moe.MoE
 
 
 class Block(nn.Module):
@@ -398,9 +395,7 @@ def main():
     from tables import Parser
     from tokenizer import load_tokenizer
 
-    parser = Parser(
-        description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "'
-    )
+    parser = Parser(description='Samples from a checkpoint folder:  python model.py out/dense --prompt "def "')
     add = parser.add_argument
     add("folder", help="checkpoint folder, ours or a public one, or a public model's name such as Qwen/Qwen3-0.6B-Base")
     add("--prompt", default="def ", help="text to go on from (default: %(default)r)")

@@ -1,5 +1,7 @@
 """The transformer against itself, against torch, and against counts by hand."""
 
+import math
+
 import pytest
 import torch
 from conftest import IDS, SHAPES, make
@@ -52,14 +54,36 @@ def test_sliced_head_equals_whole_head_gradients_too():
         assert torch.allclose(whole, sliced, atol=1e-6)
 
 
-@pytest.mark.parametrize("T, heads, kv_heads", [(1, 2, 2), (5, 4, 2), (128, 2, 1), (300, 2, 2)])
-def test_causal_attention_equals_torchs(T, heads, kv_heads):
-    q, k, v = (torch.randn(2, h, T, 16, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads))
-    one = cpu.causal_attention(q, k, v)
-    two = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    dy = torch.randn_like(one)
-    for a, b in zip((one, *torch.autograd.grad(one, (q, k, v), dy)), (two, *torch.autograd.grad(two, (q, k, v), dy))):
-        assert torch.allclose(a, b, atol=1e-12)
+@pytest.mark.parametrize("T, heads, kv_heads", [(1, 2, 2), (5, 4, 2), (64, 2, 1), (150, 2, 2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_causal_attention_equals_torchs(T, heads, kv_heads, dtype, tolerance):
+    wide = [torch.randn(2, h, T, 16, dtype=torch.float64) for h in (heads, kv_heads, kv_heads, heads)]
+    *qkv, dy = (t.to(dtype) for t in wide)
+    *qkv64, dy64 = (t.double() for t in (*qkv, dy))  # after rounding
+    for t in (*qkv, *qkv64):
+        t.requires_grad_()
+    ours = cpu.causal_attention(*qkv)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*qkv64, is_causal=True, enable_gqa=True)
+    ours, theirs = (ours, *torch.autograd.grad(ours, qkv, dy)), (theirs, *torch.autograd.grad(theirs, qkv64, dy64))
+    for a, b in zip(ours, theirs):
+        assert (a.double() - b).abs().max() <= tolerance * max(1, b.abs().max())
+
+
+def test_gradients_by_hand_are_those_of_differences():
+    x, gain = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.rand(8, dtype=torch.float64) + 0.5
+    x.requires_grad_(), gain.requires_grad_()
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cos, sin = (t.double() for t in model.rotation(Config(head_dim=8), torch.arange(5), "cpu"))
+    assert torch.autograd.gradcheck(lambda x, gain: cpu.RMSNorm.apply(x, gain, 1e-5), (x, gain))
+    assert torch.autograd.gradcheck(lambda x: cpu.Rotate.apply(x, cos, sin), x)
+    assert torch.autograd.gradcheck(lambda q, k, v: cpu.Attention.apply(q, k, v, 2), (q, k, v))
+
+
+def test_rotation_is_that_of_its_formula():
+    x, (cos, sin) = torch.randn(2, 3, 5, 8), model.rotation(Config(head_dim=8), torch.arange(5), "cpu")
+    y = model.rotate(x, cos, sin)
+    assert torch.allclose(y, x * cos + x.roll(4, dims=-1) * sin, atol=1e-6)
+    assert torch.allclose(y[..., 3, 4], x[..., 3, 4] * math.cos(3) + x[..., 3, 0] * math.sin(3), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
