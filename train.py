@@ -256,8 +256,8 @@ class Record:
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
         weights = {n: whole(t) for n, t in module.state_dict().items()}
         shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
-        state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
-        moments = {n: {k: whole(t) for k, t in state.get(p, {}).items()} for n, p in module.named_parameters()}
+        of = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+        moments = {n: {k: whole(t) for k, t in of.get(p, {}).items()} for n, p in module.named_parameters()}
         if not self.ranks.first:
             return
         now, kept = self.counted(step), vars(self.settings)

@@ -36,7 +36,7 @@ def text(tmp_path, monkeypatch):
 BUILDS = """
 import gc
 import torch
-import checkpoint, settings, train
+import checkpoint, muon, settings, train
 from ranks import Ranks
 
 def held(files):  # bytes of tensors in memory, without those that lie in a file
@@ -61,6 +61,26 @@ checkpoint.build = build
 def settle(flags):
     return settings.settle(*settings.read_flags(settings.get_parser(), (flags + " --fsdp").split()), ranks.world)
 
+def step(module, s):
+    '''What Muon holds in a step beside parameters, gradients and momentum, in batches.'''
+    s.dtype, orthogonal, seen = "float32", muon.orthogonal, []
+
+    def watched(X):
+        O = orthogonal(X)
+        seen.append(held(now["files"]))
+        return O
+
+    named = dict(module.named_parameters())
+    optimizer = train.get_optimizers(named, s, {}, ranks)[-1]
+    module(*torch.zeros(2, 1, 32, dtype=torch.int64))[1].backward()
+    for p in muon.hidden(named).values():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    before, muon.orthogonal = held(now["files"]), watched
+    optimizer.step()
+    module.zero_grad()
+    muon.orthogonal = orthogonal
+    return (max(seen) - before) / max(sum(p.numel() * 4 for p in group["params"]) for group in optimizer.param_groups)
+
 for flags in open("flags.txt").read().splitlines():
     start = settle(flags)
     now["files"] = {t.untyped_storage().data_ptr() for t in (start.state or {"weights": {}})["weights"].values()}
@@ -69,12 +89,13 @@ for flags in open("flags.txt").read().splitlines():
     module = train.build(start, ranks)
     mine = sum(p.to_local().numel() * 4 for p in module.parameters())
     block = sum(p.numel() * 4 for p in module.model.layers[0].parameters())
+    batches = step(module, start.settings) if "new" in flags or "up" in flags else 0
     most, start = now["most"], settle(flags)
     start.settings.fsdp = now["sharded"] = False
     alone = train.build(start, ranks)
     equal = all(torch.equal(p.full_tensor(), q) for p, q in zip(module.parameters(), alone.parameters()))
     if ranks.first:
-        print("built:", (most - before - mine) / block, equal, module.recompute_blocks, flush=True)
+        print("built:", (most - before - mine) / block, equal, module.recompute_blocks, batches, flush=True)
     del module, alone
     gc.collect()
 """
@@ -98,8 +119,10 @@ def test_under_fsdp_no_rank_ever_holds_much_more_than_its_shards_and_one_block(t
     Path("flags.txt").write_text("\n".join(f"{line} --data a.txt" if "new" in line else line for line in flags))
     Path("builds.py").write_text(BUILDS)
     built = [line.split()[1:] for line in two_ranks("builds.py").splitlines() if line.startswith("built:")]
-    assert len(built) == 4 and all(equal == "True" and recomputed == "True" for _, equal, recomputed in built)
+    assert len(built) == 4 and all(equal == "True" and recomputed == "True" for _, equal, recomputed, _ in built)
     assert all(0 < float(blocks) < 1.5 for blocks, *_ in built), built
+    batches = [float(batches) for *_, batches in built]
+    assert 1 < batches[0] < 5 and 1 < batches[2] < 5, built  # all matrices are 7 and more, and four copies are made
 
 
 def test_experts_that_do_not_divide_among_the_ranks_are_cut_along_their_width():

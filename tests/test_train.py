@@ -26,10 +26,12 @@ import checkpoint
 import data
 import grow
 import model
+import muon
 import runs
 import settings
 import train
 import upcycle
+from ranks import Ranks
 from tokenizer import load_tokenizer
 
 ROOT = Path(train.__file__).parent
@@ -322,6 +324,53 @@ def test_an_upcycled_and_a_stacked_child_start_where_their_parent_ended(here, te
     run(texts, "--resume", "--out", "up")
 
 
+# ---- the optimizers -------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_keeps_adamw_and_an_init_may_change_it(here, texts):
+    flags = [*FEW, "--tokens", 256 * 4]
+    run(texts, *MOE, *flags, "--optimizer", "adamw", "--save-at", 512, "--out", "parent")
+    run(texts, "--branch", "parent/step-2", *flags, "--out", "branch")
+    run(texts, "--init", "parent", "--batch-tokens", 256, *flags, "--out", "child")
+    assert table("child/eval.csv")[0]["a_loss"] == table("parent/eval.csv")[-1]["a_loss"]
+    for folder, optimizer in (("parent", "adamw"), ("branch", "adamw"), ("child", "muon")):
+        state = checkpoint.read_trainer(folder)
+        assert state["settings"]["optimizer"] == optimizer
+        assert checkpoint.read_json(f"{folder}/run.json")["lineage"][-1]["settings"]["optimizer"] == optimizer
+        by_muon = muon.hidden(state["weights"]) if optimizer == "muon" else {}
+        assert state["optimizer"].keys() == state["weights"].keys()
+        for name, kept in state["optimizer"].items():
+            assert kept.keys() == ({"momentum_buffer"} if name in by_muon else {"exp_avg", "exp_avg_sq", "step"})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adamw_has_what_muon_has_not_and_only_matrices_decay(optimizer):
+    config = model.Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8, experts=2)
+    one, two = (dict(model.init_weights(model.Transformer(config), 1).named_parameters()) for _ in range(2))
+    s = settings.get_parser().parse_args(["--optimizer", optimizer, "--dtype", "float32"])
+    optimizers = train.get_optimizers(one, s, {}, Ranks())
+    decay = [[p for p in two.values() if p.dim() >= 2], [p for p in two.values() if p.dim() < 2]]
+    groups = [{"params": params, "weight_decay": d} for params, d in zip(decay, (0.1, 0.0))]
+    adamw = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for _ in range(3):
+        for name, p in one.items():
+            p.grad = two[name].grad = torch.randn_like(p)
+        for o in (*optimizers, adamw):
+            o.step()
+    equal = {name for name, p in one.items() if torch.equal(p, two[name])}
+    assert equal == one.keys() - (muon.hidden(one).keys() if optimizer == "muon" else set())
+
+
+@pytest.mark.parametrize("extra, losses", [
+    ([], [5.538884, 5.405789, 5.234589, 5.076028, 4.918006, 4.768184]),
+    (MOE, [5.543026, 5.387747, 5.229274, 5.071437, 4.928082, 4.772441])], ids=["dense", "mixture"])  # fmt: skip
+def test_with_adamw_a_run_has_the_losses_it_had_before_there_was_muon(here, extra, losses):
+    Path("squares.txt").write_text("".join(chr(97 + i * i % 23 % 17) for i in range(20000)))
+    flags = ["--data", "squares.txt", "--tokens", 256 * 6, "--log-every", 1, "--optimizer", "adamw"]
+    run(here, *extra, *FEW, *flags, "--out", "run")
+    assert [float(row["loss"]) for row in table("run/log.csv")] == pytest.approx(losses, abs=1e-3)  # muon's: 0.1 above
+
+
 # ---- horizon, schedule, counts --------------------------------------------------------------------------------------
 
 
@@ -503,6 +552,7 @@ BAD = {
     "snapshot before the first step": ("--tokens 1e5 --save-at 0", "--save-at 0"),
     "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
     "abbreviated flag": ("--hidden 64", "--hidden"),
+    "unknown optimizer": ("--optimizer sgd", "sgd"),
     "unknown schedule": ("--schedule linear", "linear"),
     "missing init": ("--init nowhere", "nowhere"),
     "no config.json": ("--init noconfig", "config.json"),
@@ -530,6 +580,7 @@ BAD = {
     "resume without out": ("--resume", "--out"),
     "resume without a run": ("--resume --out nowhere", "nowhere"),
     "resume with other flags": ("--resume --out done --lr 0.5", "0.5"),
+    "resume with another optimizer": ("--resume --out done --optimizer adamw", "the run has muon"),
     "pickle that runs code": ("--resume --out evil", "trainer.pt"),
     "existing out": ("--out done", "--overwrite"),
     "overwrite of a foreign folder": ("--out notarun --overwrite", "notarun"),
@@ -632,7 +683,10 @@ def test_the_default_corpus_of_another_python_names_both_versions():
 # ---- other ranks, other micro-batches -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extra", [[], [*MOE, "--micro-batch", 2]], ids=["dense", "mixture"])
+THREE = "--experts 3 --top-k 2 --micro-batch 2".split()  # two ranks cut experts along their width
+
+
+@pytest.mark.parametrize("extra", [[], THREE], ids=["dense", "mixture"])
 def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, texts, extra, capsys):
     flags = [*extra, *FEW, "--tokens", 256 * 20, "--log-every", 1, "--save-at", f"{256 * 5},{256 * 10},{256 * 15}"]
     run(texts, *flags, "--out", "calm")
@@ -654,16 +708,14 @@ def test_a_run_goes_on_with_other_ranks_shards_and_a_smaller_micro_batch(here, t
 
     same = ["loss", "balance_loss", "z_loss"] if extra else ["loss"]
     assert "note: another number of ranks" in goes_on("calm/step-5", "two", ranks=2)
-    assert "note: another number of ranks" in goes_on("two/step-10", "one")
-    outs = ["two", "one"]
+    assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", ranks=2)
+    assert "note: another number of ranks" in goes_on("shards/step-15", "one")
     said = goes_on("calm/step-5", "small", "--micro-batch", 1)
     if extra:
         assert "note: another micro-batch: the balancing loss" in said
     else:
         assert "note: another number of ranks, or another micro-batch" in said
-        assert "note:" not in goes_on("two/step-10", "shards", "--fsdp", ranks=2)
-        outs += ["shards", "small"]
-    for out in outs:
+    for out in ["two", "shards", "one"] if extra else ["two", "shards", "one", "small"]:
         assert np.abs(losses(out, *same) - losses("calm", *same)).max() < 1e-4, out
     micro = {out: checkpoint.read_trainer(out)["settings"]["micro_batch"] for out in ("calm", "two", "one", "small")}
     assert micro == (dict(calm=2, two=2, one=2, small=1) if extra else dict(calm=8, two=4, one=4, small=1))
