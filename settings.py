@@ -136,7 +136,7 @@ def get_parser(commands=""):
     add("--data", help="corpora, [name=]source[:weight],...: see data.py (default: python, or the parent's)")
     add("--tokenizer", help="bytes, a tiktoken name, a rank file or a tokenizer.json (default: bytes, or the parent's)")
     add("--context", type=number, help="tokens in a window (default: 256, or the parent's)")
-    add("--batch-tokens", type=number, default=4096, help="tokens of one step over all ranks")
+    add("--batch-tokens", type=number, default=2048, help="tokens of one step over all ranks")
     add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
@@ -148,7 +148,7 @@ def get_parser(commands=""):
     add("--hidden-size", type=number, default=c.hidden_size, help="width of the residual stream")
     add("--intermediate-size", type=number, help="width of the MLP or of a full expert (default: 3 x hidden size)")
     add("--num-hidden-layers", type=number, default=c.num_hidden_layers, help="blocks")
-    add("--num-attention-heads", type=number, help="query heads (default: hidden size / 64, at least 4)")
+    add("--num-attention-heads", type=number, help="query heads (default: hidden size / 64, at least 2)")
     add("--num-key-value-heads", type=number, help="key and value heads; fewer: grouped queries (default: heads)")
     add("--head-dim", type=number, help="width of a head, even (default: hidden size / heads)")
     add("--qk-norm", action=switch, default=c.qk_norm, help="norm of queries and keys")
@@ -280,7 +280,7 @@ def new_config(s, tokenizer):
     """The Config of a new model; fills in the sizes that follow from others."""
     D = s.hidden_size
     s.intermediate_size = s.intermediate_size or 3 * D
-    s.num_attention_heads = s.num_attention_heads or max(4, D // 64)
+    s.num_attention_heads = s.num_attention_heads or max(2, D // 64)
     s.num_key_value_heads = s.num_key_value_heads or s.num_attention_heads
     if not s.head_dim and D % s.num_attention_heads:
         heads = s.num_attention_heads
@@ -443,10 +443,10 @@ def default_micro_batch(config, context, windows, memory):
 
 
 def auto_lr(optimizer, N, D):
-    """The highest rate for N parameters (N_active) and a run of D tokens, fitted to experiments/rates.csv: 0.03 to 3 M
-    parameters, 0.5 to 4 M tokens, 2,048 a step. AdamW: the Step Law (2503.04715), N^-0.713 D^0.307, with a quarter of its
-    factor of 1.79. Muon: width^-0.5, for an orthogonal update grows with the root of the width beside its matrix."""
-    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 0.0083 * (N / 160e3) ** -0.25
+    """The highest rate for N parameters (N_active) and a run of D tokens, 2,048 a step. From experiments/rates.csv, with
+    0.03 to 3 M parameters. AdamW: the Step Law (2503.04715), with a quarter of its factor of 1.79. Muon:
+    width^-0.5, which is N^-0.25, for beside its matrix an orthogonal update grows as the root of the width."""
+    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 0.19 * N**-0.25
 
 
 def horizon(s, config, sizes, flops_per_token, device, world):

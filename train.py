@@ -333,7 +333,8 @@ def main(argv=None):
     accumulate = s.batch_tokens // s.context // ranks.world // s.micro_batch
     ranks.say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
-              f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs; {s.optimizer}, rate {s.lr}")
+              f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
+    ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
     step, mask = state["step"] if kind == "resume" else 0, None
     if step < (s.mask_steps or 0):  # the mask is that of grow.py's entry: the last before this run's own
         mask = grow.Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")

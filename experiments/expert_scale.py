@@ -12,7 +12,7 @@ decay).
 import csv
 import sys
 
-from ladder import ROOT, M, cell, grid, main
+from ladder import ROOT, SHAPE, M, cell, grid, main
 
 sys.path.insert(0, str(ROOT))
 
@@ -25,8 +25,8 @@ WAYS = {"s, 1": (1, 0), "1, 1": (0, 0), "s, s": (1, 1), "1, s": (0, 1)}  # initi
 
 
 def flags(row):
-    given = f"--hidden-size 64 --num-hidden-layers 3 --num-attention-heads 4 --experts 8 --tokens {M // 2} --lr 0.007 --seed {row['seed']}"
-    return [*given.split(), "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
+    given = [*SHAPE, "--experts", 8, "--tokens", M // 2, "--lr", 0.007, "--seed", row["seed"]]
+    return [*given, "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
 
 
 def run(seed, out):
