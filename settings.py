@@ -444,8 +444,8 @@ def default_micro_batch(config, context, windows, memory):
 
 def auto_lr(optimizer, N, D):
     """The highest rate for N parameters (N_active) and a run of D tokens, 2,048 a step; from experiments/rates.csv, of
-    0.03 to 3 M parameters. AdamW: the Step Law (2503.04715), with a quarter of its factor of 1.79. Muon: width^-0.5, which
-    is N^-0.25, for beside its matrix an orthogonal update grows as the root of the width."""
+    0.03 to 3 M parameters. AdamW: the Step Law (2503.04715), with a quarter of its factor of 1.79. Muon: width^-0.5,
+    which is N^-0.25, for beside its matrix an orthogonal update grows as the root of the width."""
     return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 0.19 * N**-0.25
 
 
