@@ -12,7 +12,7 @@ equal FLOPs, those of the small model counted; differences are paired by seed.
 import subprocess
 import sys
 
-from ladder import ROOT, STEP, M, at, cell, dense, folder, ladder, main, read, write
+from ladder import ADAMW, ROOT, STEP, M, at, cell, dense, folder, ladder, main, read, write
 
 TABLE = ROOT / "experiments/grow_table.csv"
 d = 732 * STEP
@@ -33,11 +33,11 @@ def run(seed, out):
         subprocess.run([sys.executable, ROOT / "grow.py", base, zero, *how], check=True)
     ladders = {"3 layers, trained on": small}
     for name, flags in zip(GROWN, (["--init", base, "--stack", 2], ["--init", zero])):
-        points = ladder(folder(out, name, seed), (M, 2 * M), *flags, "--seed", seed)
+        points = ladder(folder(out, name, seed), (M, 2 * M), *flags, *ADAMW, "--seed", seed)
         ladders[name] = [(tokens, loss, before + flops) for tokens, loss, flops in points]
     for name, (shape, budgets) in SCRATCH.items():
         layers, width = shape.split()
-        flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--seed", seed]
+        flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--num-attention-heads", 4, *ADAMW, "--seed", seed]
         ladders[name] = ladder(folder(out, name, seed), budgets, *flags)
     write(TABLE, seed, ladders)
 

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from ladder import ROOT, SETTING, SHAPE, M, at, cell, dense, folder, main, read, train, write
+from ladder import ADAMW, ROOT, SETTING, SHAPE, M, at, cell, dense, folder, main, read, train, write
 
 sys.path.insert(0, str(ROOT))
 import model
@@ -37,7 +37,7 @@ def run(seed, out):
     for name, flags in DENSE.items():
         ladders[name] = dense(out if not flags else out / "active", seed, *flags.split())
     for name, flags in MIXTURES.items():
-        given = [*SETTING, *SHAPE, "--seed", seed, "--warmup", 16, "--tokens", T, *flags.split()]
+        given = [*SETTING, *SHAPE, *ADAMW, "--seed", seed, "--warmup", 16, "--tokens", T, *flags.split()]
         ladders[name] = [(T, *train(folder(out, name, seed), *given))]
     write(TABLE, seed, ladders)
 

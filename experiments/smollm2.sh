@@ -39,7 +39,7 @@ for init in "$dense" "$mixture"; do
         python train.py --resume --out "$run" # of a finished run: says so
     else
         python train.py --init "$init" --data english --context $CONTEXT --tokens $((STEPS * BATCH)) \
-            --batch-tokens $BATCH --micro-batch $MICRO --lr $RATE --warmup $WARMUP --eval-every $EVAL_EVERY \
+            --batch-tokens $BATCH --micro-batch $MICRO --optimizer adamw --lr $RATE --warmup $WARMUP --eval-every $EVAL_EVERY \
             --eval-tokens $EVAL_TOKENS --log-every 1 --save-every $EVAL_EVERY --out "$run" --overwrite
     fi
 done

@@ -8,7 +8,7 @@ for D2 tokens more, as it is or upcycled to 8x2 (`--init`: new optimizer, new wa
 mixture starts from nothing. Every D2 has its own decay. Differences are paired by seed: same text, same first weights.
 """
 
-from ladder import ROOT, SHAPE, STEP, M, at, cell, dense, ladder, main, read, write
+from ladder import ADAMW, ROOT, SHAPE, STEP, M, at, cell, dense, ladder, main, read, write
 
 TABLE = ROOT / "experiments/upcycle_table.csv"
 D1 = 1465 * STEP
@@ -18,8 +18,8 @@ ON, UP, SCRATCH = "dense, trained on", "upcycled to 8x2", "8x2 from scratch"
 def run(seed, out):
     first = dense(out, seed)
     before = first[0][2] / first[0][0] * D1  # FLOPs of the dense model so far
-    parent = ["--init", out / f"dense-{seed}/trunk/step-{D1 // STEP}", "--seed", seed]
-    mixture = [*SHAPE, "--experts", 8, "--top-k", 2, "--seed", seed]
+    parent = ["--init", out / f"dense-{seed}/trunk/step-{D1 // STEP}", *ADAMW, "--seed", seed]
+    mixture = [*SHAPE, *ADAMW, "--experts", 8, "--top-k", 2, "--seed", seed]
     budgets = (M // 2, M, 2 * M)
     on = ladder(out / f"on-{seed}", (*budgets, 4 * M), *parent)
     up = ladder(out / f"up-{seed}", budgets, *parent, "--upcycle", "8x2")
