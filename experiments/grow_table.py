@@ -37,8 +37,8 @@ def run(seed, out):
         ladders[name] = [(tokens, loss, before + flops) for tokens, loss, flops in points]
     for name, (shape, budgets) in SCRATCH.items():
         layers, width = shape.split()
-        flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--num-attention-heads", 4, *ADAMW, "--seed", seed]
-        ladders[name] = ladder(folder(out, name, seed), budgets, *flags)
+        flags = ["--num-hidden-layers", layers, "--hidden-size", width, "--num-attention-heads", 4, *ADAMW]
+        ladders[name] = ladder(folder(out, name, seed), budgets, *flags, "--seed", seed)
     write(TABLE, seed, ladders)
 
 
