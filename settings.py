@@ -442,11 +442,11 @@ def default_micro_batch(config, context, windows, memory):
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
-def auto_lr(optimizer, N, D):
-    """The highest rate for N parameters (N_active) and a run of D tokens, 2,048 a step; from experiments/rates.csv, of
-    0.03 to 3 M parameters. AdamW: the Step Law (2503.04715), with a quarter of its factor of 1.79. Muon: width^-0.5,
-    which is N^-0.25, for beside its matrix an orthogonal update grows as the root of the width."""
-    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 0.19 * N**-0.25
+def auto_lr(optimizer, N, D, steps):
+    """The highest rate for N parameters (N_active) and D tokens in so many steps; from experiments/rates.csv: 0.03 to 3 M
+    parameters, 0.5 to 4 M tokens, 2,048 a step. AdamW: the Step Law (2503.04715) with a quarter of its factor of 1.79.
+    Muon: a fit. N^-0.25 is width^-0.5: beside its matrix an orthogonal update grows as the root of the width."""
+    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 1.2 * N**-0.25 * steps**-0.3
 
 
 def horizon(s, config, sizes, flops_per_token, device, world):
@@ -462,7 +462,8 @@ def horizon(s, config, sizes, flops_per_token, device, world):
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     if s.lr == "auto":
-        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], max(1, steps) * s.batch_tokens):.2g}")
+        horizon = max(1, steps)
+        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], horizon * s.batch_tokens, horizon):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)
