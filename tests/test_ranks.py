@@ -63,7 +63,7 @@ def settle(flags):
 
 def step(module, s):
     '''What Muon holds in a step beside parameters, gradients and momentum, in batches.'''
-    s.dtype, orthogonal, seen = "float32", muon.orthogonal, []
+    s.lr, s.dtype, orthogonal, seen = 1e-3, "float32", muon.orthogonal, []
 
     def watched(X):
         O = orthogonal(X)
@@ -71,7 +71,7 @@ def step(module, s):
         return O
 
     named = dict(module.named_parameters())
-    optimizer = train.get_optimizers(named, s, {}, ranks)[-1]
+    optimizer, _ = train.get_optimizers(named, s, {}, ranks)
     module(*torch.zeros(2, 1, 32, dtype=torch.int64))[1].backward()
     for p in muon.hidden(named).values():
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -89,11 +89,11 @@ for flags in open("flags.txt").read().splitlines():
     module = train.build(start, ranks)
     mine = sum(p.to_local().numel() * 4 for p in module.parameters())
     block = sum(p.numel() * 4 for p in module.model.layers[0].parameters())
-    batches = step(module, start.settings) if "new" in flags or "up" in flags else 0
     most, start = now["most"], settle(flags)
     start.settings.fsdp = now["sharded"] = False
     alone = train.build(start, ranks)
     equal = all(torch.equal(p.full_tensor(), q) for p, q in zip(module.parameters(), alone.parameters()))
+    batches = step(module, start.settings) if "new" in flags or "up" in flags else 0
     if ranks.first:
         print("built:", (most - before - mine) / block, equal, module.recompute_blocks, batches, flush=True)
     del module, alone

@@ -347,7 +347,7 @@ def test_a_branch_keeps_adamw_and_an_init_may_change_it(here, texts):
 def test_adamw_has_what_muon_has_not_and_only_matrices_decay(optimizer):
     config = model.Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8, experts=2)
     one, two = (dict(model.init_weights(model.Transformer(config), 1).named_parameters()) for _ in range(2))
-    s = settings.get_parser().parse_args(["--optimizer", optimizer, "--dtype", "float32"])
+    s = settings.get_parser().parse_args(["--optimizer", optimizer, "--lr", "3e-3", "--dtype", "float32"])
     optimizers = train.get_optimizers(one, s, {}, Ranks())
     decay = [[p for p in two.values() if p.dim() >= 2], [p for p in two.values() if p.dim() < 2]]
     groups = [{"params": params, "weight_decay": d} for params, d in zip(decay, (0.1, 0.0))]
@@ -361,13 +361,27 @@ def test_adamw_has_what_muon_has_not_and_only_matrices_decay(optimizer):
     assert equal == one.keys() - (muon.hidden(one).keys() if optimizer == "muon" else set())
 
 
+@pytest.mark.parametrize("optimizer, factor", [("adamw", 1), ("muon", muon.OTHERS)])
+def test_beside_muon_adamw_has_a_multiple_of_the_rate(here, texts, optimizer, factor):
+    flags = ["--tokens", 256, "--lr", 1e-3, "--weight-decay", 0, "--optimizer", optimizer]
+    run(texts, *FEW, *flags, "--out", "run")
+    state = checkpoint.read_trainer("run")
+    before = model.init_weights(model.Transformer(model.Config(**state["config"])), 1).state_dict()
+    moved = {name: (t - before[name]).abs().max().item() for name, t in state["weights"].items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert moved[name] == pytest.approx(1e-3 * factor, rel=0.01)  # a first step of AdamW moves by the rate
+    q = moved["model.layers.0.self_attn.q_proj.weight"]
+    assert q == pytest.approx(1e-3, rel=0.01) if optimizer == "adamw" else 2e-4 < q < 2e-3
+    assert state["lr"] == 1e-3  # from which a branch would decay
+
+
 @pytest.mark.parametrize("extra, losses", [
     ([], [5.538884, 5.405789, 5.234589, 5.076028, 4.918006, 4.768184]),
     (MOE, [5.543026, 5.387747, 5.229274, 5.071437, 4.928082, 4.772441])], ids=["dense", "mixture"])  # fmt: skip
 def test_with_adamw_a_run_has_the_losses_it_had_before_there_was_muon(here, extra, losses):
     Path("squares.txt").write_text("".join(chr(97 + i * i % 23 % 17) for i in range(20000)))
-    flags = ["--data", "squares.txt", "--tokens", 256 * 6, "--log-every", 1, "--optimizer", "adamw"]
-    run(here, *extra, *FEW, *flags, "--out", "run")
+    flags = ["--data", "squares.txt", "--tokens", 256 * 6, "--log-every", 1, "--num-attention-heads", 4]
+    run(here, *extra, *FEW, *flags, "--optimizer", "adamw", "--lr", 3e-3, "--out", "run")
     assert [float(row["loss"]) for row in table("run/log.csv")] == pytest.approx(losses, abs=1e-3)  # muon's: 0.1 above
 
 
