@@ -140,7 +140,7 @@ def get_parser(commands=""):
     add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
-    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 3e6)")
+    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 2.5e6)")
     add("--flops", type=positive, help="training FLOPs to spend")
     add("--tokens-per-param", type=positive, help="tokens a parameter of N_active")
 
@@ -333,7 +333,7 @@ def finish(kind, s, given, config, tokenizer):
     s.data, s.tokenizer = s.data or "python", tokenizer.name
     data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
-        s.tokens = 3_000_000
+        s.tokens = 2_500_000
     if s.lr != "auto":  # here and not in check_flags: a branch has the trunk's lr
         check_rate(s)
 

@@ -25,7 +25,7 @@ import data
 import model
 
 SHAPES = [  # hidden, MLP of ours, layers, heads, context, windows
-    (128, 384, 3, 4, 256, 16),  # the default of train.py
+    (128, 384, 3, 2, 256, 8),  # the default of train.py
     (128, 344, 4, 4, 64, 12),  # nanoGPT's README, for a CPU
     (256, 688, 6, 8, 256, 16),
     (384, 1024, 6, 6, 256, 8),  # nanoGPT's README, Shakespeare
@@ -61,6 +61,7 @@ def baseline_loss(module, ids, targets):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="steps of each, in turn (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the products (default: both)")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds, in turn")
     print(f"{'hidden/MLP x layers, heads, context x windows':<46} {'dtype':<9} {'QK-norm':<8}"
@@ -70,7 +71,7 @@ def main():
         base = GPT(256, D, layers, heads, context)
         base_flops = 6 * (sum(p.numel() for p in base.parameters()) - context * D) + 12 * layers * D * context
         steps, flops = {}, {}
-        for dtype in ("bfloat16", "float32"):
+        for dtype in args.dtypes:
             steps[dtype, "base"] = stepper(base, baseline_loss, dtype, ids, targets)
             for qk_norm in (False, True):
                 config = model.Config(
@@ -91,7 +92,7 @@ def main():
         median = {key: statistics.median(s) for key, s in seconds.items()}
         rate = {key: flops.get(key[1], base_flops) * windows * context / t / 1e9 for key, t in median.items()}
         shape = f"{D}/{width} x {layers}, {heads}, {context} x {windows}"
-        for dtype in ("bfloat16", "float32"):
+        for dtype in args.dtypes:
             for qk_norm in (False, True):
                 base, ours = (dtype, "base"), (dtype, qk_norm)
                 print(f"{shape:<46} {dtype:<9} {str(qk_norm):<8}"

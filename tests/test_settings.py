@@ -88,7 +88,7 @@ def test_a_setting_comes_from_where_the_table_says(kind):
 
 def test_a_new_run_has_its_flags_and_the_defaults(here):
     s = settle("--data", "a.txt", "--lr", 0.5).settings
-    assert (s.data, s.lr, s.seed, s.schedule, s.tokens, s.context) == ("a.txt", 0.5, 1, "wsd", 3_000_000, 256)
+    assert (s.data, s.lr, s.seed, s.schedule, s.tokens, s.context) == ("a.txt", 0.5, 1, "wsd", 2_500_000, 256)
     assert s.micro_batch is None and s.intermediate_size == 3 * s.hidden_size
 
 
