@@ -36,7 +36,8 @@ All but depth-direct keep the function: logits within 1e-5 in fp32, 1e-10 in fp6
 
 Left out: several hops (worse than one, says the paper), Adam's moments, copies of a part of the width (bert2BERT).
 
-Try, after `python train.py --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a loss of 2.119):
+Try, after `python train.py OLD --num-attention-heads 4 --num-hidden-layers 2 --tokens 6e5 --out out/base` (it ends at a
+loss of 2.119). OLD is `--optimizer adamw --lr 3e-3 --batch-tokens 4096`; use it in every training:
   1. Stack it (--factor 2), interpolate it (--layers 0,0,1,1), grow it with zero. Which is best at once (evaluate with
      `python train.py --init FOLDER --tokens 0`), which after 2e5 tokens? (Stack 2.193, interpolated 2.178, zero 2.119;
      then 2.034, 2.030, 1.976. The base left small has 1.981 by then, at half the cost: it was too early to grow.)

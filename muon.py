@@ -1,36 +1,40 @@
 """Muon: an update for matrices that moves every direction by the same amount (Jordan et al., 2024).
 
-A weight matrix W maps vectors to vectors. Its gradient G = U S V^T (the singular value decomposition) says: turn the
-input direction v_i towards the output direction u_i, by s_i. In training a few s_i are large and most are small. A step
-along G would move a few directions alone. Muon steps along U V^T: the same directions, all with s_i = 1.
+A gradient is a sum of directions: G = U S V^T = sum of s_i u_i v_i^T, its singular value decomposition. Adding
+u_i v_i^T to a weight matrix moves what it makes of the input v_i, by u_i. In training a few s_i are large and most are
+small. A step along G moves those few directions much and the others hardly. Muon steps along U V^T: all s_i are 1.
 
     M = m M + (1 - m) G                                    momentum, m = 0.95
-    O = U V^T of m M + (1 - m) G                           Nesterov's look ahead, made orthogonal
+    N = m M + (1 - m) G                                    Nesterov's look ahead, with the M just made
+    O = U V^T, where N = U S V^T                           the orthogonal update
     W = W - lr (0.2 sqrt(max(rows, columns)) O + wd W)     wd is the weight decay
 
-An entry of O is about 1 / sqrt(max(rows, columns)) large. The factor makes that 0.2, as large as an entry of AdamW's
-updates usually is. So both optimizers can share one learning rate (2502.16982).
+The entries of O have a root mean square of 1 / sqrt(max(rows, columns)). The factor makes that 0.2, as large as AdamW's
+updates usually are. So both optimizers can share a schedule of the learning rate (2502.16982).
 
 No decomposition is computed. The polynomial p(X) = a X + b (X X^T) X + c (X X^T)^2 X leaves U and V alone and turns
-each s into a s + b s^3 + c s^5. With a, b, c as below it pushes small s up; applied five times it brings every s from
-0.01 to 1 to between 0.68 and 1.14. That is near enough to 1: exact ones train no better. (This is a Newton-Schulz
-iteration, tuned for speed.)
+each s into a s + b s^3 + c s^5. With a, b, c as below it pushes small s up. Applied five times, it takes every s in
+[0.01, 1] to a value in [0.68, 1.14]. That is near enough to 1, as Jordan found. (This is a Newton-Schulz iteration.)
 
-By hand: G = [[0.96, 0], [0, 0.28]] has length 1 already. p makes of it [[0.739, 0], [0, 0.863]]: for example
-3.4445 * 0.28 - 4.7750 * 0.28^3 + 2.0315 * 0.28^5 = 0.863. The ratio was 3.4 and is 1.2, after one application.
+By hand: G = [[0.96, 0], [0, 0.28]] has Frobenius norm 1 (0.96^2 + 0.28^2 = 1), as `orthogonal` wants it. p makes of it
+[[0.739, 0], [0, 0.863]]: for example 3.4445 * 0.28 - 4.7750 * 0.28^3 + 2.0315 * 0.28^5 = 0.863. Larger over smaller
+was 3.4 and is 1.2 after one application; the small one is the larger now.
 
-Which parameters: the matrices between hidden vectors, in attention, MLP and experts. The rows of embedding, head and
-router belong to a word or an expert each, and gains are no matrices: AdamW updates those, at `OTHERS` times the rate.
+Which parameters: the matrices between hidden vectors, in attention, MLP and experts. Each row of embedding and head
+belongs to one word, each row of the router to one expert, and gains are no matrices: AdamW updates those, at `OTHERS`
+times the rate. An expert without tokens has a gradient of 0, but still moves along its M: its size is thrown away.
 
-Left out: other polynomials, an update per head, and sharing the work out. Every rank orthogonalises every matrix but,
-under --fsdp, those of experts that other ranks hold.
+The price is arithmetic that does not depend on the number of tokens: with a matrix of n columns and rows and t tokens a
+step, 30 n^3 FLOPs beside the 6 n^2 t of training, so 5 n / t of it. Small batches of wide models pay most.
 
-Try, with `train.py --hidden-size 64 --tokens 3e5 --batch-tokens 2048 --lr 0.007`:
-1. Run it as it is, and with `--optimizer adamw`. (1.932 and 2.453. At its own best rates AdamW is still behind: see the
-   README.)
-2. Let the loop in `orthogonal` run 0 times: an update of the right length along G itself. (2.145: two fifths of what
-   Muon gains are lost.)
-3. Let `hidden` take embedding and head as well. (2.075.)
+Left out: other polynomials, an update per head, and sharing the work out. Every rank orthogonalises every matrix, even
+the same ones. Only under --fsdp each works on the experts that it holds, and no others.
+
+Try, with `train.py --hidden-size 64 --tokens 3e5`:
+1. Run it as it is, and with `--optimizer adamw`, each at its own `--lr auto`. (1.834 and 2.372.)
+2. Let the loop in `orthogonal` run 0 times, and return `X * X.shape[1] ** 0.5`: a step as long as O, along N itself.
+   (2.654. So it is the directions that help, not the length.)
+3. Let `hidden` take embedding and head as well. (1.969.)
 4. `torch.linalg.svdvals(X)` of a random X (64, 192), before and after `orthogonal`. (6.0 to 21.2; 0.68 to 1.13.)
 """
 
@@ -44,9 +48,9 @@ A, B, C = 3.4445, -4.7750, 2.0315  # a, b, c: steep at 0, where small values mus
 
 
 def orthogonal(X):
-    """U V^T, roughly, of each matrix U S V^T of X (n, rows, columns), in X's dtype. A matrix of zeros stays one."""
+    """U V^T, roughly, of each matrix U S V^T of X (n, rows, columns), in X's dtype. Zeros stay zeros."""
     if X.shape[1] > X.shape[2]:
-        return orthogonal(X.mT).mT  # the smaller of X X^T and X^T X
+        return orthogonal(X.mT).mT  # the same, and X X^T is smaller
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1 now
     for _ in range(5):
         S = X @ X.mT
@@ -62,14 +66,14 @@ def hidden(named):
 class Muon(torch.optim.Optimizer):
     """For parameters `named` {name: parameter}: a matrix (rows, columns), or those of all experts (E, rows, columns).
 
-    A group of parameters is a batch: matrices of one shape, worked on together. On a CPU it has at most 2^19 numbers,
-    which stay in the caches; elsewhere 2^26. dtype: of `orthogonal`; bfloat16 is enough, where it is fast."""
+    A group of parameters is a batch: matrices of one shape, worked on together. It is full at 2^19 numbers on a CPU,
+    for its caches, else at 2^26; a larger parameter is a batch alone. dtype: of `orthogonal`; bfloat16 is enough."""
 
     def __init__(self, named, lr, weight_decay=0.1, momentum=0.95, dtype=None):
         batches = {}  # (rows, columns): lists of parameters
         for name, p in named.items():
-            pair = name.endswith("gate_up_proj")  # two matrices in one, gate above up
-            of_shape = batches.setdefault((p.shape[-2] // (1 + pair), p.shape[-1]), [[]])
+            parts = 2 if name.endswith("gate_up_proj") else 1  # gate above up: two matrices
+            of_shape = batches.setdefault((p.shape[-2] // parts, p.shape[-1]), [[]])
             most = 2**19 if p.device.type == "cpu" else 2**26
             if of_shape[-1] and sum(map(torch.numel, of_shape[-1])) + p.numel() > most:
                 of_shape.append([])
@@ -99,7 +103,7 @@ class Muon(torch.optim.Optimizer):
                 W.add_(own_part(part, p).reshape(W.shape), alpha=-lr * 0.2 * math.sqrt(max(shape)))
 
 
-# ---- under --fsdp a rank holds whole experts, or a part of every matrix ----------------------------------------------
+# ---- under --fsdp a rank holds whole experts, or a slice of each matrix ----------------------------------------------
 
 
 def holds_whole_experts(p):

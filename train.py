@@ -26,9 +26,10 @@ Left out: tensor, pipeline and expert parallelism, a search for the learning rat
 Try:
   1. `python train.py --schedule constant --tokens 5e5 --out out/c` and `python train.py --branch out/c --tokens 1e5
      --out out/d`: the branch falls by about a tenth of a nat in its hundred thousand tokens: what the decay is worth.
-  2. Run one command with `--micro-batch 4` and with `--micro-batch 16` in `--dtype float32`: log.csv agrees to rounding
+  2. Run one command with `--micro-batch 2` and with `--micro-batch 8` in `--dtype float32`: log.csv agrees to rounding
      errors for a dense model. For an MoE it does not quite: its balancing loss is counted a micro-batch at a time.
-  3. Delete the line that clips and train with `--lr 0.03`: read in log.csv at which grad_norm the loss leaves.
+  3. Delete the line that clips and train with `--optimizer adamw --lr 0.03`: read in log.csv at which grad_norm the
+     loss leaves.
 """
 
 import importlib.util

@@ -31,15 +31,16 @@ training. --router-std or --method tells them apart, and leaves the first copy o
 Left out: upcycling every other layer (2212.05055); choosing the experts to copy by their gradients (2604.19835);
 different models as experts; the optimizer's state (2212.05055: it helps vision, not language).
 
-Try, after `python train.py --tokens 1e6 --out out/dense` (2 minutes; it ends at a loss of 1.761), with
-`python upcycle.py out/dense out/x --experts 8 --top-k 2` and `python train.py --init out/x --tokens 0`:
+Try, after `python train.py OLD --tokens 1e6 --out out/dense` (it ends at a loss of 1.761), with
+`python upcycle.py out/dense out/x --experts 8 --top-k 2` and `python train.py --init out/x --tokens 0`. OLD is
+`--optimizer adamw --lr 3e-3 --batch-tokens 4096 --num-attention-heads 4`:
   1. Add --granularity 4, and --scale exact, cube-root or none. (1.761 again; 1.765; 2.133. cube-root is the
      published factor: right for a squared ReLU, not for SwiGLU.)
   2. --method drop with --drop-ratio 0.25, 0.5, 1. Then 0.5 with --top-k 8: nearly every old neuron is kept in some
      expert, so is the loss back at 1.761? (1.803, 1.917, 3.094. With eight 1.888: a neuron that half of the experts
      keep speaks at half its strength.)
-  3. Train a mixture of 8x2 for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847; 1.847: the
-     last two take two copies of the best expert only.)
+  3. Train a mixture of 8x2 with OLD for 1e6 tokens and upcycle it to 16x4, 16x2 and 32x2. (1.795, as before; 1.847;
+     1.847: the last two take two copies of the best expert only.)
 """
 
 import argparse

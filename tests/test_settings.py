@@ -101,7 +101,7 @@ def test_an_init_takes_the_shape_from_the_folder_the_text_from_the_parent_and_a_
                  "seed", "dtype", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens",
                  "save_at"):  # fmt: skip
         assert getattr(s, name) == default(name) != OWN[name], name
-    assert s.tokens == 3_000_000 and start.state is None
+    assert s.tokens == 2_500_000 and start.state is None
     assert settle("--init", "trunk", "--context", 64).settings.context == 64
 
 
