@@ -139,8 +139,8 @@ def rotation(config, positions, device):
 
 
 def rotate(x, cos, signed_sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim), on a CPU (B, heads, T, head_dim),
-    by their angles. roll gives (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim), or on CPUs (B, heads, T,
+    head_dim), by their angles. roll gives (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
     cos, signed_sin = cos.to(x.dtype), signed_sin.to(x.dtype)
     if x.device.type == "cpu":
         return cpu.Rotate.apply(x, cos, signed_sin)
