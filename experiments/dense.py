@@ -1,0 +1,106 @@
+"""Chinchilla, measured here: how much of a budget should go into parameters, and how much into tokens?
+
+    python experiments/dense.py run [--seeds 1 2 3] [--share 1/2]     # about 3.2 core-hours; a second call goes on
+    python experiments/dense.py speed                                 # seconds a step of each size
+    python experiments/dense.py show                                  # tables, verdict, figure
+
+    grep -v adamw experiments/dense/runs.csv > out/dense.csv          # the fit alone
+    python laws.py fit chinchilla out/dense.csv --bootstrap 1000 --blocks trunk
+
+The paper (2203.15556; refit in 2404.10102). L = E + A N^-alpha + B D^-beta. Of a budget C = 6 N D the best N grows as
+C^a with a = beta / (alpha + beta), and the best D as C^b with b = 1 - a: both exponents near one half.
+
+Here. Five sizes from 0.03 to 0.6 M parameters, each on five budgets from 0.5 to 8 M bytes of Python: a trunk and five
+branches for each size and seed. Every size has a rate of its own (rates.csv). The fit is to all runs. A bootstrap draws
+whole trunks, and the largest fifth of the runs is predicted from the others. "Best size" reads every size's loss off at
+equal counted FLOPs (head and attention included, which at these sizes are much of it), and at equal seconds.
+Under AdamW: the three smallest sizes at the first seed, but for the largest budget; its exponents are compared with
+those of Muon from the same runs.
+"""
+
+from ladder import M, at, climb, experiment, pick
+from verdict import band, draw, fit_law, load, markdown, panels, points, say_fit, seeds, select, span_of
+
+SIZES = pick(
+    tiny=["16x1", "16x2", "24x2"],
+    cpu=["32x2", "48x2", "64x3", "96x3", "128x3"],
+    gpu=["128x4", "192x4", "256x6", "384x6", "512x8"],
+)
+BUDGETS = pick(
+    tiny=[4096, 8192, 16384], cpu=[M // 2, M, 2 * M, 4 * M, 8 * M], gpu=[8 * M, 16 * M, 32 * M, 64 * M, 128 * M]
+)
+AGAIN = SIZES[:3]  # under AdamW
+
+
+def plan(seeds):
+    runs = [run for seed in seeds for size in SIZES for run in climb("dense", size, BUDGETS, seed)]
+    return runs + [run for size in AGAIN for run in climb("dense", size, BUDGETS[:-1], seeds[0], "adamw")]
+
+
+def exponents(report):
+    """a and b: the best N grows as C^a, the best D as C^b."""
+    share = lambda of, other: lambda r: r["coefficients"][of] / (r["coefficients"][of] + r["coefficients"][other])
+    return f"a = {span_of(report, share('beta', 'alpha'))}, b = {span_of(report, share('alpha', 'beta'))}"
+
+
+def best_sizes(rows, x):
+    """[(x, best size, its mean loss)] at the budgets of the middle size, where at least two sizes can be read off."""
+    found = []
+    for _, _, much in points(rows, x, shape=SIZES[len(SIZES) // 2], seed=seeds(rows)[0]):
+        losses = {}
+        for size in SIZES:
+            each = [at(points(rows, x, shape=size, seed=seed), much) for seed in seeds(rows)]
+            losses[size] = sum(each) / len(each)
+        inside = {size: loss for size, loss in losses.items() if loss == loss}
+        if len(inside) > 1:
+            best = min(inside, key=inside.get)
+            edge = " (of those at hand the " + ("smallest)" if best == [*inside][0] else "largest)")
+            found.append((f"{much:.3g}", best + edge * (best in ([*inside][0], [*inside][-1])), f"{inside[best]:.3f}"))
+    return found
+
+
+def show(home):
+    rows = load(home)
+    muon, adamw = select(rows, optimizer="muon"), select(rows, optimizer="adamw")
+    cells = [[size, *(f"{mean:.3f} ({low:.3f} to {high:.3f})" for _, mean, low, high in
+              sorted(band(muon, "D", shape=size)))] for size in SIZES]  # fmt: skip
+    markdown([f"L, {len(seeds(muon))} seeds", *(f"{tokens / M:g} M" for tokens in BUDGETS)], cells)
+    for x, name in (("flops_total", "FLOPs"), ("seconds", "seconds on one thread")):
+        markdown([name, "best size", "its L"], best_sizes(muon, x))
+
+    report = fit_law(muon, "chinchilla")
+    say_fit("chinchilla", report)
+    print(f"{exponents(report)}; the paper: near one half each")
+    if adamw:
+        small = select(muon, shape=AGAIN, seed=adamw[0]["seed"], budget=BUDGETS[:-1])
+        for name, some in (("AdamW", adamw), ("Muon on the same runs", small)):
+            print(f"{name}, {len(some)} runs: {exponents(fit_law(some, 'chinchilla'))}")
+    plot(home, muon, report)
+
+
+def plot(home, rows, report):
+    import numpy as np
+
+    import laws
+
+    figure, (left, middle, right) = panels(3)
+    for i, size in enumerate(SIZES):
+        draw(left, i, band(rows, "flops_total", shape=size), size)
+        draw(middle, i, band(rows, "seconds", shape=size), size)
+    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a byte")
+    middle.set(xscale="log", xlabel="seconds on one thread")
+    left.legend(frameon=False, fontsize=8, title="width x layers")
+    flops = np.array([6 * r["N"] * r["D"] for r in rows])
+    C = np.geomspace(flops.min(), flops.max(), 40)
+    N = np.geomspace(min(r["N"] for r in rows) / 4, max(r["N"] for r in rows) * 4, 400)[:, None]
+    loss = laws.evaluate(laws.row("chinchilla").form, report["coefficients"], N=N, D=C / (6 * N))
+    right.plot(C, N[loss.argmin(0), 0], label="best N by the fit")
+    right.plot(C, np.sqrt(C / C[0]) * N[loss.argmin(0)[0], 0], "--", color="0.5", label="exponent 0.5")
+    right.scatter(flops, [r["N"] for r in rows], s=8, color="0.7", label="runs")
+    right.set(xscale="log", yscale="log", xlabel="C = 6 N D", ylabel="N")
+    right.legend(frameon=False, fontsize=8)
+    figure.savefig(home / "figure.png", dpi=150)
+
+
+if __name__ == "__main__":
+    experiment("dense", __doc__, plan, show)
