@@ -36,6 +36,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 M = 1_000_000
 SCALE = os.environ.get("SCALE", "cpu")
+if SCALE not in ("tiny", "cpu", "gpu"):
+    sys.exit(f"SCALE is {SCALE} (tiny, cpu or gpu)")
 
 
 def pick(tiny, cpu, gpu):
@@ -272,7 +274,7 @@ def tuned(run, plan, home, out, share, patience=7200):
             row = {"rate": run.rate, "tokens": SWEEP, "lr": f"{lr:g}", "seed": seed}
             grid(table, out / "rates", [row], lambda row: flags_of(run, out, row["lr"], row["tokens"]))
         elif waited < patience:
-            print(f"waits for share {owner}/{share[1]} to tune {run.rate}" if not waited else ".", flush=True)
+            print(f"waits for share {owner}/{share[1]} to tune {run.rate}\n" * (not waited), end="", flush=True)
             time.sleep(20)
             waited += 20
         else:
