@@ -446,7 +446,8 @@ def auto_lr(optimizer, N, D, steps):
     """The highest rate for N parameters (N_active) and D tokens in so many steps; from experiments/rates.csv: 0.03
     to 3 M parameters, 0.5 to 4 M tokens. AdamW: the Step Law (2503.04715) with a quarter of its factor of 1.79.
     Muon: a fit. N^-0.25 is width^-0.5: beside its matrix an orthogonal update grows as the root of the width."""
-    return 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 1.2 * N**-0.25 * steps**-0.3
+    fitted = 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 1.2 * N**-0.25 * steps**-0.3
+    return min(0.02, fitted)  # nothing above was tried to advantage
 
 
 def horizon(s, config, sizes, flops_per_token, device, world):
