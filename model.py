@@ -139,12 +139,10 @@ def rotation(config, positions, device):
 
 
 def rotate(x, cos, signed_sin):
-    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angles; on a CPU x is
-    (B, heads, T, head_dim). roll gives (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
-    cos, signed_sin = cos.to(x.dtype), signed_sin.to(x.dtype)
-    if x.device.type == "cpu":
-        return cpu.Rotate.apply(x, cos, signed_sin)
-    return torch.addcmul(x * cos[:, None], x.roll(x.shape[-1] // 2, dims=-1), signed_sin[:, None])
+    """Turns the pairs (a, b) = (x_i, x_{i + head_dim/2}) of x (B, T, heads, head_dim) by their angles. roll gives
+    (b, a), so the sum is (a cos - b sin, b cos + a sin)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos[:, None].to(x.dtype), swapped, signed_sin[:, None].to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -162,20 +160,18 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        on_cpu = x.device.type == "cpu"
-        if on_cpu:  # (B, heads, T, head_dim) at once: one copy, and all that follows reads in order
-            q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if not on_cpu:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         if cache is not None:  # keys and values of the tokens before these
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        if on_cpu and 1 < T <= 2048 // q.itemsize:  # its memory grows with T^2
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T <= 1024:  # memory grows with T^2
             y = cpu.causal_attention(q, k, v)
         else:
             causal = T == k.shape[2]  # with a cache, one new token sees all that went before
