@@ -549,7 +549,7 @@ BAD = {
     "negative weight": ("--data a.txt:-1", "-1"),
     "unknown tokenizer": ("--tokenizer gpt5_base", "gpt5_base"),
     "heads that do not divide": ("--num-attention-heads 3 --head-dim 32 --num-key-value-heads 2", "3"),
-    "hidden size that heads do not divide": ("--hidden-size 130", "130"),
+    "hidden size that heads do not divide": ("--hidden-size 131", "131"),
     "odd head": ("--head-dim 15", "15"),
     "batch not divisible": ("--batch-tokens 1000", "1000"),
     "micro-batch not dividing": ("--micro-batch 3", "3"),
