@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ladder import CPP, PYTHON, ROOT, SCALE, M, cell, climb, experiment, pick, reach
-from verdict import band, draw, fit_law, less, load, markdown, panels, points, say_fit, seeds, select, span_of, verdict
+from verdict import band, draw, fit_law, less, load, markdown, panels, points, save, say_fit, select, span_of, verdict
 
 SIZES = pick(tiny=["16x1", "16x2", "24x2"], cpu=["32x2", "48x3", "64x4"], gpu=["128x4", "256x4", "384x6"])
 PARENT = pick(tiny=4096, cpu=3 * M, gpu=32 * M)  # tokens of Python
@@ -127,7 +127,7 @@ def show(home):
             table.append([size, f"{D / M:g} M", cell([r["L"] for r in select(muon, **mine)], ""),
                           cell(less(muon, mine, dict(arm="scratch", shape=size), "D")), verdict(percent, " %"),
                           span_of(second, saved_by_law(first, run["N"], run["D"])) + " %"])  # fmt: skip
-    heads = [f"{len(seeds(muon))} seeds", "C++", "L", "less scratch", "FLOPs saved, measured", "by the fits"]
+    heads = ["size", "C++", "L", "less scratch", "FLOPs saved, measured", "by the fits"]
     markdown(heads, table)
 
     table, parent = [], {row["seed"]: row["L"] for row in select(muon, arm="parent", shape=MIDDLE)}
@@ -172,7 +172,7 @@ def plot(home, rows):
     axes[2].set(xscale="log", xlabel="D, tokens of C++", ylabel="FLOPs saved, %")
     for panel in axes:
         panel.legend(frameon=False, fontsize=7)
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home, axes[0], axes[2])
 
 
 if __name__ == "__main__":

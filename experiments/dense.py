@@ -19,7 +19,7 @@ those of Muon from the same runs.
 """
 
 from ladder import M, at, climb, experiment, pick
-from verdict import band, draw, fit_law, load, markdown, panels, points, say_fit, seeds, select, span_of
+from verdict import band, draw, fit_law, load, markdown, panels, points, save, say_fit, seeds, select, span_of
 
 SIZES = pick(
     tiny=["16x1", "16x2", "24x2"],
@@ -99,7 +99,7 @@ def plot(home, rows, report):
     right.scatter(flops, [r["N"] for r in rows], s=8, color="0.7", label="runs")
     right.set(xscale="log", yscale="log", xlabel="C = 6 N D", ylabel="N")
     right.legend(frameon=False, fontsize=8)
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home, left, middle, right)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ of the middle size.
 """
 
 from ladder import M, cell, climb, experiment, pick
-from verdict import band, draw, fit_law, less, load, markdown, panels, say_fit, seeds, select, span_of, verdict
+from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, seeds, select, span_of, verdict
 
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "48x2", "64x2"], gpu=["128x4", "256x4", "384x6"])
 GRAINS = pick(tiny=[1, 2], cpu=[1, 2, 4, 8], gpu=[1, 2, 4, 8, 16])
@@ -103,7 +103,7 @@ def plot(home, rows):
     for i, G in enumerate(GRAINS):
         draw(axes[0], i, band(rows, "flops_total", shape=name(SIZES[-1], G)), f"G = {G}")
         draw(axes[1], i, band(rows, "seconds", shape=name(SIZES[-1], G)), f"G = {G}")
-    for i, budget in enumerate(BUDGETS):
+    for i, budget in enumerate(BUDGETS[1:]):
         curve = [(1, 0, 0, 0)]
         for G in GRAINS[1:]:
             d = less_than_one(rows, SIZES[-1], budget, G, "flops_total")
@@ -111,11 +111,11 @@ def plot(home, rows):
         draw(axes[2], i, curve, f"what G = 1 spends on {budget / M:g} M")
     axes[0].set(xscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a byte", title=f"{SIZES[-1]}, 8x2")
     axes[1].set(xscale="log", xlabel="seconds on one thread")
-    axes[2].set(xscale="log", xlabel="G", ylabel="L less that of G = 1, at equal FLOPs")
-    axes[2].set_xticks(GRAINS, GRAINS)
+    axes[2].set(xlabel="G", ylabel="L less that of G = 1, at equal FLOPs")
+    axes[2].set_xscale("log", base=2)
     for panel in (axes[0], axes[2]):
         panel.legend(frameon=False, fontsize=8)
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home, *axes[:2])
 
 
 if __name__ == "__main__":

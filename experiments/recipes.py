@@ -20,7 +20,7 @@ gives each arm less "copy", paired by seed, at the start and after D2. Under Ada
 import math
 
 from ladder import M, cell, climb, experiment, grown, pick
-from verdict import less, load, markdown, panels, seeds, select, verdict
+from verdict import less, load, markdown, panels, save, seeds, select, verdict
 
 BASE = pick(tiny="16x2", cpu="48x2", gpu="384x6")
 D1 = pick(tiny=3072, cpu=M * 3 // 2, gpu=12 * M)  # three quarters of the decayed base's
@@ -123,7 +123,7 @@ def plot(home, rows):
         panel.set(xlabel="L less that of copy, a dot a seed", title=f"D2 = {D2 / M:g} M tokens")
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home)
 
 
 if __name__ == "__main__":

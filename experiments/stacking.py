@@ -20,7 +20,7 @@ d = 0.25, 1 and 3 M, and one layer made four at d = 1 M. And one layer made four
 import statistics
 
 from ladder import M, cell, climb, experiment, grown, pick, reach
-from verdict import band, draw, less, load, markdown, panels, points, seeds, select, verdict
+from verdict import band, draw, less, load, markdown, panels, points, save, seeds, select, verdict
 
 BIG, SMALL, NARROW, ONE = pick(
     tiny=("16x4", "16x2", "8x4", "16x1"), cpu=("64x4", "64x2", "32x4", "64x1"), gpu=("512x8", "512x4", "256x8", "512x2")
@@ -152,7 +152,7 @@ def plot(home, rows):
         draw(axes[2], i, [(d, statistics.fmean(L), min(L), max(L)) for d, L in losses.items() if L], arm)
     axes[2].set(xscale="log", xlabel="d, tokens of the base", title=f"after {AFTER / M:g} M tokens more")
     axes[2].legend(frameon=False, fontsize=8)
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home, *axes)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ without B N^-beta. "Noise explains it away" is the F test of fitting.py. Under A
 import math
 
 from ladder import STEP, M, cell, climb, experiment, pick
-from verdict import band, draw, fit_law, less, load, markdown, panels, say_fit, select, span_of
+from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, select, span_of
 
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "64x2"], gpu=["128x4", "384x6"])
 DENSE = pick(tiny=[4096, 8192], cpu=[M // 2, M, 2 * M, 4 * M, 8 * M], gpu=[4 * M, 8 * M, 16 * M, 32 * M, 64 * M])
@@ -123,7 +123,7 @@ def plot(home, rows):
     axes[1].set(xscale="log", xlabel="training FLOPs, the dense part counted")
     axes[2].set(xscale="log", xlabel="seconds on one thread, the dense part counted")
     axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(home / "figure.png", dpi=150)
+    save(figure, home, *axes)
 
 
 if __name__ == "__main__":

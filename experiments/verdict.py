@@ -125,6 +125,15 @@ def panels(n, **more):
     return figure, axes[0]
 
 
+def save(figure, home, *logarithmic):
+    """Writes the figure. Labels along the x axes of the `logarithmic` panels stand apart."""
+    from plots import log_ticks
+
+    for panel in logarithmic:
+        log_ticks(panel.xaxis)
+    figure.savefig(home / "figure.png", dpi=150)
+
+
 def draw(axes, i, curve, label, style="-"):
     """One line of (x, mean, lowest, highest) points in the i-th colour, with a band over the seeds. Points without an
     x (seconds that were not measured) are left out."""
@@ -132,7 +141,8 @@ def draw(axes, i, curve, label, style="-"):
 
     if curve := [point for point in curve if point[0] == point[0]]:
         x, mean, low, high = zip(*sorted(curve))
-        axes.plot(x, mean, color=COLOURS[i % 7], marker=MARKERS[i % 7], ms=4, lw=1.2, ls=style, label=label)
+        marker = MARKERS[(i + 3 * (i // 7)) % 7]  # the second seven lines have other ones
+        axes.plot(x, mean, color=COLOURS[i % 7], marker=marker, ms=4, lw=1.2, ls=style, label=label)
         axes.fill_between(x, low, high, color=COLOURS[i % 7], alpha=0.2, lw=0)
 
 
