@@ -463,8 +463,8 @@ def horizon(s, config, sizes, flops_per_token, device, world):
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     if s.lr == "auto":
-        horizon = max(1, steps)
-        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], horizon * s.batch_tokens, horizon):.2g}")
+        n = max(1, steps)  # a run of no steps only evaluates
+        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], n * s.batch_tokens, n):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)

@@ -98,7 +98,7 @@ def main():
                 print(f"{shape:<46} {dtype:<9} {str(qk_norm):<8}"
                       f" {median[base] * 1e3:>7.1f}ms {median[ours] * 1e3:>7.1f}ms"
                       f" {rate[base]:>9.1f} {rate[ours]:>9.1f} {rate[ours] / rate[base]:>6.2f}"
-                      f" {rate[ours] / rate['float32', 'base']:>11.2f}", flush=True)  # fmt: skip
+                      f" {rate[ours] / rate.get(('float32', 'base'), float('nan')):>11.2f}", flush=True)  # fmt: skip
     tokens = np.memmap("/dev/zero", np.uint16, "r", shape=(2**22,))
     corpus = data.Corpus("zeros", 1.0, tokens, tokens, 1.0, 256, {})
     reader = data.Reader([corpus], 256, 1)

@@ -7,12 +7,11 @@ Each row is probed for its speed, processor seconds of a whole step on one threa
 as 200 of these seconds buy, so that the schedule knows its horizon. The first row is the default of before.
 """
 
-import csv
 import statistics
 import time
 
 import torch
-from ladder import ROOT, cell, in_turn, main, stepper, train
+from ladder import ROOT, append, cell, in_turn, main, read_rows, stepper, train
 
 TABLE, SECONDS = ROOT / "experiments/defaults.csv", 200
 BASE = "--num-hidden-layers 3 --num-attention-heads 2 --optimizer muon --lr 0.005 --batch-tokens 2048"
@@ -34,8 +33,7 @@ ROWS = {  # name: flags; of a flag that is given twice the second counts
 def run(seed, out):
     torch.set_num_threads(1)
     for name, flags in ROWS.items():
-        known = list(csv.DictReader(open(TABLE))) if TABLE.exists() else []
-        mine = [r for r in known if (r["row"], r["flags"]) == (name, flags)]
+        mine = [r for r in read_rows(TABLE) if (r["row"], r["flags"]) == (name, flags)]
         if str(seed) in [r["seed"] for r in mine]:
             continue
         if mine:
@@ -46,16 +44,12 @@ def run(seed, out):
             tokens = round(SECONDS / a_step) * s.batch_tokens
         given = [*flags.split(), "--tokens", tokens, "--seed", seed, "--eval-every", 10**6, "--save-every", 10**6]
         loss, _ = train(out / "defaults" / f"{list(ROWS).index(name)}-{seed}", *given)
-        with open(TABLE, "a", newline="") as f:
-            writer = csv.writer(f)
-            if not known:
-                writer.writerow(["row", "flags", "tokens", "seed", "loss"])
-            writer.writerow([name, flags, tokens, seed, loss])
+        append(TABLE, {"row": name, "flags": flags, "tokens": tokens, "seed": seed, "loss": loss})
         print(name, tokens, seed, loss, flush=True)
 
 
 def show():
-    rows = list(csv.DictReader(open(TABLE)))
+    rows = read_rows(TABLE)
     print(f"| {SECONDS} s on one thread | tokens | loss | seeds |\n|---|---|---|---|")
     for name in ROWS:
         if mine := [r for r in rows if r["row"] == name]:

@@ -5,8 +5,7 @@
 
 `moe.output_scale` = s multiplies the initial down_proj, so that the layer's output begins with the variance of the
 dense layer's. Four ways: that, or 1 in the place of s; and the usual update of down_proj, or s times it (with the same
-decay).
-8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at 0.007.
+decay). 8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at 0.007.
 """
 
 import csv
@@ -39,26 +38,21 @@ def one(initial, update, *flags):
     """train.py with another initial down_proj and another update of it; in a process of its own."""
     import moe
     import muon
+    import settings
     import train
 
+    args, _ = settings.read_flags(settings.get_parser(), flags)
     start, step = moe.output_scale, muon.Muon.step
+    scale = start(args.experts, args.top_k, args.granularity, args.router) ** int(update)
     moe.output_scale = lambda *shape: start(*shape) ** int(initial)
 
     def scaled_step(optimizer):
-        shape = train.shape
-        scale = start(shape.experts, shape.top_k, shape.granularity, shape.router) ** int(update)
-        groups = [g for g in optimizer.param_groups if g["params"][0].dim() == 3 and g["shape"][0] == 64]
+        groups = [g for g in optimizer.param_groups if g["params"][0].dim() == 3 and g["shape"][0] == args.hidden_size]
         for g in groups:
             g["lr"], g["weight_decay"] = g["lr"] * scale, optimizer.defaults["weight_decay"] / scale
         step(optimizer)
 
-    build = train.build
-
-    def noted(begun, ranks):
-        train.shape = begun.config
-        return build(begun, ranks)
-
-    muon.Muon.step, train.build = scaled_step, noted
+    muon.Muon.step = scaled_step
     sys.exit(train.main(flags))
 
 

@@ -18,8 +18,8 @@ from ladder import ROOT, SHAPE, M, at, cell, folder, in_turn, ladder, main, read
 
 TABLE, SPEED = ROOT / "experiments/optimizers.csv", ROOT / "experiments/optimizer_speed.csv"
 MODELS = {  # name: flags, rate of AdamW, rate of Muon, budgets
-    "dense": ([], 0.006, 0.012, (M, 2 * M, 4 * M, 8 * M)),
-    "8x2": (["--experts", "8", "--top-k", "2"], 0.006, 0.012, (M, 2 * M, 4 * M)),
+    "dense": ([], 0.0055, 0.0083, (M, 2 * M, 4 * M, 8 * M)),
+    "8x2": (["--experts", "8", "--top-k", "2"], 0.0049, 0.0075, (M, 2 * M, 4 * M)),
 }
 SPEEDS = {  # name: flags
     "default": "",

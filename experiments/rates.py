@@ -1,7 +1,7 @@
 """Which learning rate, for Muon and for AdamW, at which size and length?
 
     python experiments/rates.py run [--seeds 1]      # a second call goes on
-    python experiments/rates.py show                 # the best rates, and what `--lr auto` gives away
+    python experiments/rates.py show                 # the best rates
 
 Bytes of Python, 2,048 tokens a step, 2 % warmup, wsd with a quarter of decay, weight decay 0.1. The rates are a factor
 of 2 apart. The best one is where a parabola through the three lowest losses, over the logarithm of the rate, has its

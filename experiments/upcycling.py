@@ -23,7 +23,7 @@ without B N^-beta. "Noise explains it away" is the F test of fitting.py. Under A
 
 import math
 
-from ladder import STEP, M, cell, climb, experiment, pick
+from ladder import M, cell, climb, experiment, pick, whole
 from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, select, span_of
 
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "64x2"], gpu=["128x4", "384x6"])
@@ -44,11 +44,6 @@ def family(size, seed, optimizer="muon"):
     for D1 in D1S:
         dense += climb("upcycled", mixture, D2S, seed, optimizer, ["--upcycle", "8x2"], parent=(dense[0], D1))
     return dense + (climb("scratch", mixture, D2S, seed) if optimizer == "muon" else [])
-
-
-def snapshot(D1):
-    """D1 as the table has it: whole steps."""
-    return round(D1 / STEP) * STEP
 
 
 def crossing(size, scratch, D1):
@@ -77,7 +72,7 @@ def show(home):
         table = []
         for D1 in D1S:
             for D2 in D2S:
-                up = dict(arm="upcycled", shape=f"{size} 8x2", D1=snapshot(D1), budget=D2)
+                up = dict(arm="upcycled", shape=f"{size} 8x2", D1=whole(D1), budget=D2)
                 cells = [cell([row["L"] for row in select(muon, **up)], "")]
                 cells += [cell(less(muon, up, scratch, x)) for x in ("budget", "flops_total")]
                 cells += [cell(less(muon, up, dense, x)) for x in ("D", "flops_total", "seconds")]
@@ -102,7 +97,7 @@ def show(home):
     table = []
     for size in SIZES:
         N = select(up, shape=f"{size} 8x2")[0]["N"]
-        stars = [crossing(N, scratch, snapshot(D1)) for D1 in D1S]
+        stars = [crossing(N, scratch, whole(D1)) for D1 in D1S]
         table.append([size, *(span_of(staged, star) for star in stars)])
     markdown(["D2* by the fits, at equal D2", *(f"D1 {D1 / M:g} M" for D1 in D1S)], table)
     plot(home, muon)
@@ -111,7 +106,7 @@ def show(home):
 def plot(home, rows):
     figure, axes = panels(3)
     size = SIZES[-1]
-    arms = {f"upcycled at {D1 / M:g} M": dict(arm="upcycled", shape=f"{size} 8x2", D1=snapshot(D1)) for D1 in D1S}
+    arms = {f"upcycled at {D1 / M:g} M": dict(arm="upcycled", shape=f"{size} 8x2", D1=whole(D1)) for D1 in D1S}
     arms |= {"8x2 from scratch": dict(arm="scratch", shape=f"{size} 8x2")}
     for i, (label, arm) in enumerate(arms.items()):
         draw(axes[0], i, band(rows, "budget", **arm), label)
