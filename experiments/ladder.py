@@ -56,7 +56,7 @@ EVALUATED = pick(4096, 65536, 1048576)  # tokens of each validation text
 PYTHON = pick(f"python={ROOT}/*.py", "python", "python=packages")
 CPP = pick(f"cpp={ROOT}/tests/*.py", "cpp", "cpp")
 FIRST_RATE, RATES = {"muon": 0.012, "adamw": 0.006}, pick(1, 6, 6)  # a sweep's first rate; how many it tries at most
-SWEEP = pick(4 * STEP, M // 2, 16 * M)  # tokens of a run in it
+SWEEP = pick(4 * STEP, M, 16 * M)  # tokens of a run in it, at most
 
 
 # ---- one run, one ladder, one sweep ---------------------------------------------------------------------------------
@@ -261,6 +261,13 @@ def swept(table, rate):
     return [(float(r["lr"]), float(r["loss"])) for r in read_rows(table) if r["rate"] == rate]
 
 
+def sweep_tokens(run, plan):
+    """Tokens of a run in a trunk's sweep: its middle budget, as the best rate falls with length, but SWEEP at most."""
+    runs = [run, *(r for r in plan.values() if r.parent[:2] == ("--branch", run.name))]
+    budgets = sorted(r.columns["budget"] for r in runs if r.columns)
+    return min(SWEEP, budgets[len(budgets) // 2] if budgets else run.tokens)
+
+
 def tuned(run, plan, home, out, share, patience=7200):
     """The best rate of the run's sweep: the bottom of a parabola. The share that trains the first run of this sweep
     does it, from where that run starts. The others wait; TimeoutError after two hours."""
@@ -271,7 +278,7 @@ def tuned(run, plan, home, out, share, patience=7200):
     optimizer, seed = (run.flags[run.flags.index(name) + 1] for name in ("--optimizer", "--seed"))
     while (lr := next_rate(swept(table, run.rate), FIRST_RATE[optimizer])) is not None:
         if owner == share[0]:
-            row = {"rate": run.rate, "tokens": SWEEP, "lr": f"{lr:g}", "seed": seed}
+            row = {"rate": run.rate, "tokens": sweep_tokens(first, plan), "lr": f"{lr:g}", "seed": seed}
             grid(table, out / "rates", [row], lambda row: flags_of(run, out, row["lr"], row["tokens"]))
         elif waited < patience:
             print(f"waits for share {owner}/{share[1]} to tune {run.rate}\n" * (not waited), end="", flush=True)
@@ -520,6 +527,6 @@ def show_plan(listed, n):
         print(f"{owner[run.trunk]}/{n} {seconds(run):6.0f} s  {spent(run, plan):45} {run.name}")
         load[owner[run.trunk]] += seconds(run) / 3600
     for run in sweeps.values():
-        load[owner[run.trunk]] += 3.3 * seconds(run._replace(tokens=SWEEP)) / 3600
+        load[owner[run.trunk]] += 3.3 * seconds(run._replace(tokens=sweep_tokens(run, plan))) / 3600
     hours = ", ".join(f"share {i} {hours:.2f}" for i, hours in sorted(load.items()))
     print(f"{len(plan)} runs, {len(sweeps)} sweeps, about {sum(load.values()):.1f} core-hours ({hours})")
