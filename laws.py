@@ -52,7 +52,7 @@ from numpy import log
 
 import fitting
 from fitting import columns, evaluate
-from tables import DAMAGE, Commands, column, named, number, read_csv, show, whole
+from tables import DAMAGE, Commands, chosen, column, named, number, read_csv, show, whole
 
 SIZES = 1.0, 1e40  # where plan.py looks for the best N
 GROW = 4  # the stacking paper's growth factor
@@ -283,9 +283,10 @@ def fit(law, table, set=None, fixed=None, bootstrap=0, blocks=None, seed=1):
     return {"law": law, "set": set or next(iter(LAWS[law])), **report}
 
 
-def read_table(path, the, blocks=None):
-    """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row."""
-    rows, seen = read_csv(path), {}
+def read_table(path, the, blocks=None, where=()):
+    """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row.
+    where: conditions on the rows, as tables.chosen() has them."""
+    rows, seen = chosen(path, read_csv(path), where), {}
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
     # E, K: experts, and experts a token, unless the law reads them
     kinds = [" ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K") if name not in table) for r in rows]
@@ -383,7 +384,7 @@ def run_fit(args):
         fixed = {name: stage[name] for name in the.frozen}
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
-    table, blocks = read_table(args.table, the, args.blocks)
+    table, blocks = read_table(args.table, the, args.blocks, args.where)
     if 0 < args.bootstrap < 20:
         raise ValueError(f"--bootstrap {args.bootstrap} is too few for a 95 % interval (at least 20, better 1000)")
     report = fit(args.law, table, args.set, fixed, args.bootstrap, blocks, args.seed)
@@ -438,6 +439,8 @@ def main(argv=None):
     sub.add_argument("table", metavar="RUNS.CSV", help="run table with the law's columns and L")
     add = sub.add_argument_group("what is fitted").add_argument
     add("--set", metavar="NAME", help="set whose form is fitted (default: the law's first)")
+    add("--where", action="append", default=[], metavar="COLUMN=VALUE",
+        help="only the rows with this value; repeat for more conditions (default: all rows)")
     add("--first-stage", metavar="FILE", help="fit JSON to take coefficients from that the paper freezes: "
         "continual E, A, alpha; fine-grained dense c; upcycling E (default: none)")
     add = sub.add_argument_group("intervals").add_argument

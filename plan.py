@@ -4,6 +4,7 @@ A scaling law put to use: how large a model a budget should train, when to grow,
     python plan.py optimal LAW --flops 1e20 ... [--fit fit.json] [--json]
     python plan.py optimal stacking --N 8e9 --D 15e12 [--json]
     python plan.py budget --have-n 1e9 --have-d 1e12 --flops 1e21 [--experts 8 --top-k 2] [--plot plan.png] [--json]
+    python plan.py budget --have out/run-1 --flops 1e13 [--fit upcycled.json --fit moe.json ...]
 
 optimal. Training N parameters on D tokens costs about C = 6 N D FLOPs. So a budget C buys any N, with D = C / (6 N)
 tokens. Along this line the loss L(N, D) = E + A N^-alpha + B D^-beta has one lowest point. There 1 % more N saves what
@@ -19,7 +20,7 @@ By hand: A = B = 100, alpha = beta = 0.5. Then the equation says N = D, so N = D
 budget. A dense model of N parameters has read D1 tokens, and C FLOPs are left. There are four ways: train it on, make a
 mixture of experts from it (upcycle), stack its layers, or start a new mixture from scratch. Each way has a law (Liew et
 al. 2025, arXiv 2502.03009; none is published for stacking: it needs a fit of your own) and a price a token, so it reads
-D2 = C / price tokens. The lowest loss wins. The law of upcycling is
+D2 = C / price tokens. The lowest loss wins, and its command is printed. The law of upcycling is
 
     L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E
 
@@ -40,8 +41,10 @@ Try:
 
 import inspect
 import itertools
+import json
 import math
 import signal
+from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while SciPy loads: no traceback
@@ -52,7 +55,7 @@ from scipy.optimize import brentq
 import laws
 from fitting import columns, evaluate
 from laws import active, band, outside, predict, published, row
-from tables import Commands, number, show
+from tables import DAMAGE, Commands, number, show
 
 
 def search(loss, at):
@@ -158,6 +161,32 @@ def budget(N, D1, C, models=None, top_k=2):
 # The command line.
 
 
+def have(folder):
+    """(N, tokens of the lineage, configuration) of a dense run's folder. ValueError if it is none."""
+    try:
+        run, config = (json.loads((Path(folder) / name).read_text("utf-8")) for name in ("run.json", "config.json"))
+        N, dense = number(run["N"]), run["N_total"] == run["N"]
+        tokens = [step["tokens"] for step in run["lineage"] if "tokens" in step]
+        D1 = None if None in tokens else number(sum(tokens))
+    except (OSError, *DAMAGE) as wrong:
+        raise ValueError(f"--have {folder} is no run's folder: {wrong} (give --have-n and --have-d)") from None
+    if not dense:
+        raise ValueError(f"--have {folder} is a mixture (budget starts from a dense model)")
+    if D1 is None:
+        raise ValueError(f"--have {folder}: nobody knows its source's tokens (give --have-n {N:.4g} and --have-d)")
+    return N, D1, config
+
+
+def command(way, tokens, folder, config, experts, top_k):
+    """What to type for one of the four ways. Without a folder, and so without a configuration, names stand for them."""
+    how = {"train on": "", "upcycle": f" --upcycle {experts:g}x{top_k:g}", "stack": f" --stack {laws.GROW}"}
+    if way in how:
+        return f"python train.py --init {folder or 'FOLDER'}{how[way]} --tokens {tokens:.4g}"
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+    shape = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if name in config)
+    return f"python train.py {shape or 'SHAPE'} --experts {experts:g} --top-k {top_k:g} --tokens {tokens:.4g}"
+
+
 def run_optimal(args):
     model = laws.chosen_model(args)
     the = row(args.law, model["set"])
@@ -185,9 +214,18 @@ def run_budget(args):
         if report["law"] != "upcycling" or report["set"] in models:
             raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
         models[report["set"]] = report
+    config = {}
+    if args.have:
+        if args.have_n or args.have_d:
+            raise ValueError(f"--have {args.have} says what --have-n and --have-d would (leave them out)")
+        args.have_n, args.have_d, config = have(args.have)
+    if not (args.have_n and args.have_d):
+        raise ValueError("budget needs --have FOLDER, or --have-n and --have-d")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
+    best = answer["best"]
+    answer["command"] = command(best, answer["tokens"][best], args.have, config, args.experts, args.top_k)
     answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2. --top-k changes FLOPs, not coefficients")
@@ -213,6 +251,7 @@ def run_budget(args):
         laws.warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
     for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
         print(f"! {note}")
+    print(f"\nnext:\n  {answer['command']}")
 
 
 def main(argv=None):
@@ -220,11 +259,12 @@ def main(argv=None):
     sub = parser.command(run_optimal, "LAW [options]", "the best way to spend a budget")
     laws.law_flags(sub, [r.buys for rows in laws.LAWS.values() for r in rows.values() if r.buys])
 
-    sub = parser.command(run_budget, "--have-n PARAMS --have-d TOKENS --flops C [options]",
+    sub = parser.command(run_budget, "(--have FOLDER | --have-n PARAMS --have-d TOKENS) --flops C [options]",
                          "train on, upcycle, stack, or start an MoE from scratch?", "the ways against the budget")
     add = sub.add_argument_group("what you have").add_argument
-    add("--have-n", type=number, required=True, metavar="N", help="size of the dense model (required)")
-    add("--have-d", type=number, required=True, metavar="D1", help="its tokens so far (required)")
+    add("--have", metavar="FOLDER", help="a dense run's folder, which says its size and tokens")
+    add("--have-n", type=number, metavar="N", help="without --have: size of the dense model, in parameters")
+    add("--have-d", type=number, metavar="D1", help="without --have: its tokens so far")
     add("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
     add = sub.add_argument_group("what it may become").add_argument
     add("--experts", type=number, default=8, help="experts of the MoE, only checked against --top-k (default: 8)")

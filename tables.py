@@ -75,6 +75,18 @@ def column(path, rows, name, least=1e-60):
     return values
 
 
+def chosen(path, rows, conditions):
+    """The rows that meet all `conditions`, as "arm=upcycled". ValueError names what a column holds instead."""
+    for condition in conditions:
+        name, _, value = condition.partition("=")
+        cells = column(path, rows, name, least=None)
+        if value not in cells:
+            held = ", ".join(map(repr, sorted({*cells})[:9]))
+            raise ValueError(f"--where {condition} meets no row of {path} ({name} holds {held}; write COLUMN=VALUE)")
+        rows = [r for r, cell in zip(rows, cells) if cell == value]
+    return rows
+
+
 def show(rows):
     """Rows of cells, the first the heading, in aligned columns; empty ones are left out. A pair is an interval."""
 

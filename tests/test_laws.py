@@ -481,6 +481,21 @@ def test_a_refused_row_of_a_table_is_called_by_its_run(tmp_path, capsys):
     assert "row 3 (out/2), column D" in refused(capsys, "fit", "chinchilla", path)
 
 
+def test_where_fits_only_the_rows_that_meet_every_condition(tmp_path, capsys):
+    arms = ["scratch, muon"] * 40 + ["other"] * 20
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), arm=arms, seed=[i % 2 for i in range(60)])
+    half = ("--where", "arm=scratch, muon", "--where", "seed=1")
+    laws.main(["fit", "chinchilla", str(path), *half, "--json"])
+    some = json.loads(capsys.readouterr().out)
+    table = {name: values[:40][1::2] for name, values in synthetic("chinchilla").items()}
+    assert some["runs"] == 20
+    assert some["coefficients"] == laws.fit("chinchilla", table)["coefficients"]
+    line = refused(capsys, "fit", "chinchilla", path, "--where", "arm=scrach")
+    assert "arm holds 'other', 'scratch, muon'" in line
+    assert "no column armm (nearest: arm" in refused(capsys, "fit", "chinchilla", path, "--where", "armm=other")
+    assert "write COLUMN=VALUE" in refused(capsys, "fit", "chinchilla", path, "--where", "arm")
+
+
 def test_a_table_from_a_spreadsheet_is_read(tmp_path, capsys):
     """A byte order mark, Windows line ends, blank lines and foreign columns do no harm."""
     path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), note=["a, b"] * 60)

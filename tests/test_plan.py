@@ -10,6 +10,7 @@ from test_runs import make_run
 import laws
 import plan
 import runs
+import settings
 
 
 def test_chinchilla_gives_the_replication_s_losses_and_allocations():
@@ -230,3 +231,48 @@ def test_empty_columns_are_not_printed(tmp_path, capsys):
     assert "95 %" not in capsys.readouterr().out
     laws.main(["fit", "chinchilla", str(table), "--bootstrap", "20"])
     assert "95 % interval" in capsys.readouterr().out
+
+
+def folder_of_a_run(path, **changes):
+    path.mkdir()
+    config = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=2)
+    lineage = [{"step": "train", "tokens": 3e9}, {"step": "grow"}, {"step": "train", "tokens": 7e9}]
+    run = {"N": 1e9, "N_total": 1e9, "lineage": lineage} | changes
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "run.json").write_text(json.dumps(run))
+    return str(path)
+
+
+def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
+    mine = folder_of_a_run(tmp_path / "run")
+    answer = said(capsys, "budget", "--have", mine, "--flops", 4e20, "--json")
+    same = said(capsys, "budget", "--have-n", 1e9, "--have-d", 1e10, "--flops", 4e20, "--json")
+    assert answer["ways"] == same["ways"]
+    D2 = answer["tokens"][answer["best"]]
+    commands = {way: plan.command(way, D2, mine, plan.have(mine)[2], 8, 2) for way in answer["ways"]}
+    assert answer["command"] == commands[answer["best"]]
+    for way, words in {"train on": [], "upcycle": ["--upcycle", "8x2"], "stack": ["--stack", str(laws.GROW)]}.items():
+        assert commands[way].split() == ["python", "train.py", "--init", mine, *words, "--tokens", f"{D2:.4g}"]
+    shape = "--hidden-size 64 --intermediate-size 176 --num-hidden-layers 3 --num-attention-heads 2"
+    assert commands["MoE from scratch"] == f"python train.py {shape} --experts 8 --top-k 2 --tokens {D2:.4g}"
+    for command in commands.values():  # train.py knows the flags
+        settings.read_flags(settings.get_parser(), command.split()[2:])
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"N_total": 5e9}, "is a mixture"),
+        ({"lineage": [{"step": "source", "tokens": None}]}, "nobody knows its source's tokens"),
+        ({"lineage": None}, "is no run's folder"),
+        ({"N": "many"}, "is no run's folder"),
+    ],
+)
+def test_a_folder_that_budget_cannot_start_from_is_refused(tmp_path, capsys, changes, says):
+    folder = folder_of_a_run(tmp_path / "run", **changes)
+    assert says in refused(capsys, "budget", "--have", folder, "--flops", 1e20)
+
+
+def test_budget_needs_a_model_and_only_one(tmp_path, capsys):
+    for have in ([], ["--have-n", "1e9"], ["--have", folder_of_a_run(tmp_path / "run"), "--have-d", "1e9"]):
+        assert "--have-d" in refused(capsys, "budget", *have, "--flops", 1e20)
