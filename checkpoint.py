@@ -35,7 +35,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import Config, Transformer
+from configuration import from_public, public_config
+from model import Transformer
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
@@ -103,132 +104,12 @@ def find(name):
         raise FileNotFoundError(f"{name} is no folder, and the hub did not give it: {reason} ({right})") from None
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------------
-
-KINDS = {  # model_type: keys that a configuration may leave out, and what its public class takes then
-    "llama": dict(max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=None,
-                  bos_token_id=1, eos_token_id=2),
-    "mistral": dict(max_position_embeddings=131072, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=8,
-                    sliding_window=4096, bos_token_id=1, eos_token_id=2),
-    "qwen2": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32),
-    "qwen3": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=32,
-                  head_dim=128),
-    "mixtral": dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8,
-                    num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001, bos_token_id=1,
-                    eos_token_id=2),
-    "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
-                      num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
-}  # fmt: skip
-# By norm_topk_prob: a softmax over all whose chosen scores are made to sum to one is a softmax over the chosen logits.
-ROUTER = {True: "topk-softmax", False: "softmax-topk"}
-
-
 def read_config(folder):
     """The Config of a checkpoint folder. Raises FileNotFoundError, or ValueError for what model.py cannot compute."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
-    h = read_json(folder / "config.json")
-    kind = h.get("model_type")
-
-    def refuse(what):
-        raise ValueError(f"{folder}/config.json: {what}")
-
-    def need(*names):
-        for name in names:
-            if h.get(name) is not None:
-                return h[name]
-        refuse(f"{names[0]} is missing")
-
-    if kind not in KINDS:
-        refuse(f"model_type {kind!r} is not supported ({', '.join(KINDS)})")
-    h = KINDS[kind] | h
-    for key, fine in dict(
-        hidden_act=("silu", None), attention_bias=(False, None), mlp_bias=(False, None), quantization_config=(None,),
-        partial_rotary_factor=(1, None), decoder_sparse_step=(1, None), mlp_only_layers=([], None),
-        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None),
-    ).items():  # fmt: skip
-        if h.get(key) not in fine:
-            refuse(f"{key} {h[key]!r} is not supported ({fine[0]!r} is)")
-    if h.get("sliding_window") is not None and h.get("use_sliding_window", not kind.startswith("qwen")):
-        refuse(f"sliding_window {h['sliding_window']} is not supported (null, or use_sliding_window false)")
-    if any(t != "full_attention" for t in h.get("layer_types") or ()):
-        refuse("layer_types other than full_attention are not supported")
-
-    rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
-    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if rope_type == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if any(k not in rope for k in keys):
-            refuse(f"llama3 rope scaling needs {', '.join(keys)}")
-        scaling = {"rope_type": "llama3", **{k: rope[k] for k in keys}}
-    elif rope_type != "default":
-        refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
-    config = Config(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
-        num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=need("num_attention_heads"),
-        num_key_value_heads=need("num_key_value_heads", "num_attention_heads"),
-        head_dim=h.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
-        max_position_embeddings=need("max_position_embeddings"),
-        rms_norm_eps=need("rms_norm_eps"),
-        rope_theta=float(rope.get("rope_theta", need("rope_theta"))),
-        rope_scaling=scaling,
-        tie_word_embeddings=h.get("tie_word_embeddings", False),
-        qk_norm=kind.startswith("qwen3"),
-        qkv_bias=kind == "qwen2",
-        bos_token_id=h.get("bos_token_id"),
-        eos_token_id=h.get("eos_token_id"),
-    )
-    if kind in ("mixtral", "qwen3_moe"):
-        G = config.granularity = h.get("granularity", 1)  # the file counts the G narrow parts of an expert as experts
-        experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
-        if experts % G or chosen % G:
-            refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
-        config.experts, config.top_k, config.intermediate_size = experts // G, chosen // G, config.intermediate_size * G
-        config.router = ROUTER[kind == "mixtral" or bool(h["norm_topk_prob"])]
-        config.balance_coef = need("router_aux_loss_coef") * chosen  # ours is a mean over choices, the public one a sum
-    config.check()
-    return config
-
-
-def public_config(config, dtype):
-    """The Hugging Face configuration of a Config, a dict; rotary settings and dtype in the older and newer spelling."""
-    if config.experts and config.router not in ROUTER.values():
-        raise ValueError(f"no public format holds the router {config.router} (a line for it here, in public_config)")
-    match bool(config.experts), config.qk_norm, config.qkv_bias:  # Config.check refuses what is not here
-        case False, False, False:
-            kind, name, more = "llama", "Llama", {"mlp_bias": False}
-        case False, False, True:
-            kind, name, more = "qwen2", "Qwen2", {"sliding_window": None}
-        case False, True, False:
-            kind, name, more = "qwen3", "Qwen3", {"sliding_window": None}
-        case True, False, False:
-            kind, name, more = "mixtral", "Mixtral", {"sliding_window": None}
-        case True, True, False:
-            kind, name, more = "qwen3_moe", "Qwen3Moe", {"sliding_window": None}
-    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    same += " head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings"
-    same += " bos_token_id eos_token_id"
-    h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(config, k) for k in same.split()}}
-    h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, **more}
-    if kind == "qwen2":
-        del h["attention_bias"]  # its class knows no such key: q, k and v always have a bias there
-    h["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta, **(config.rope_scaling or {})}
-    h["torch_dtype"] = h["dtype"] = str(dtype).removeprefix("torch.")
-    if config.experts:
-        G = config.granularity
-        width, total, chosen = config.intermediate_size // G, config.experts * G, config.top_k * G
-        h |= {"num_experts_per_tok": chosen, "router_aux_loss_coef": config.balance_coef / chosen, "granularity": G}
-        if kind == "mixtral":
-            h |= {"num_local_experts": total, "intermediate_size": width}
-        else:
-            renormalised = {router: flag for flag, router in ROUTER.items()}[config.router]
-            h |= {"num_experts": total, "moe_intermediate_size": width, "norm_topk_prob": renormalised}
-            h |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    return h
+    return from_public(read_json(folder / "config.json"), folder / "config.json")
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

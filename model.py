@@ -55,7 +55,7 @@ import moe
 @dataclass
 class Config:
     """The shape of a model, in Hugging Face's names; `experts`, `top_k` and `granularity` are those of moe.py. A new
-    field must be written and read in checkpoint.py (public_config, read_config), or be refused there: a saved folder
+    field must be written and read in configuration.py (public_config, from_public), or be refused there: a saved folder
     would lose it."""
 
     vocab_size: int = 256

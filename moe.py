@@ -76,7 +76,7 @@ def chosen_of_softmax(logit_TE, expert_TK):
     return (logit_TE.gather(1, expert_TK) - logit_TE.logsumexp(-1, keepdim=True)).exp()
 
 
-ROUTERS = {  # another one also needs a public format: see ROUTER in checkpoint.py
+ROUTERS = {  # another one also needs a public format: see ROUTER in configuration.py
     "topk-softmax": Router(softmax_of_chosen, lambda E, K: K, least_K=2),  # a single score is always 1
     "softmax-topk": Router(chosen_of_softmax, lambda E, K: E, least_K=1),
 }

@@ -56,7 +56,7 @@ class Ranks:
         return int(number)
 
     def agree(self, value):
-        """The first rank's value that is not None, such as an error or a folder's name, given to all."""
+        """The value of the first rank that has one (not None), such as an error or a folder's name, given to all."""
         values = [value]
         if self.world > 1:
             values = [None] * self.world

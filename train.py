@@ -1,4 +1,4 @@
-"""The trainer: one device or many, the same numbers.
+"""The trainer: one device or many, the same numbers up to rounding.
 
     python train.py                                            # dense, on text this machine already has
     python train.py --experts 8 --top-k 2 --granularity 4      # MoE: 32 experts of a quarter's width, 8 a token
@@ -19,7 +19,7 @@ take `--micro-batch` 2 of them at once. One rank then accumulates 4 times, two r
 n ranks give the numbers of one rank that accumulates n times as often.
 
 Weights are kept and updated in fp32. Products run in bf16 (autocast) where the hardware is fast at it; evaluation is
-always in fp32. A run leaves a folder, which `Record` writes: a checkpoint that transformers opens, and its tables.
+always in fp32. A run leaves a folder, which record.py writes: a checkpoint that transformers opens, and its tables.
 
 Left out: tensor, pipeline and expert parallelism, a search for the learning rate, a metrics service (log.csv is one).
 
@@ -28,21 +28,17 @@ Try:
      --out out/d`: the branch falls by about a tenth of a nat in its hundred thousand tokens: what the decay is worth.
   2. Run one command with `--micro-batch 2` and with `--micro-batch 8` in `--dtype float32`: log.csv agrees to rounding
      errors for a dense model. For an MoE it does not quite: its balancing loss is counted a micro-batch at a time.
-  3. Delete the line that clips and train with `--optimizer adamw --lr 0.03`: read in log.csv at which grad_norm the
-     loss leaves.
+  3. Train with `--grad-clip 0 --optimizer adamw --lr 0.03`: read in log.csv at which grad_norm the loss leaves.
 """
 
 import importlib.util
 import itertools
 import math
 import os
-import shutil
 import signal
 import sys
 import time
-import weakref
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -61,8 +57,9 @@ import operators
 import runs
 import settings
 from ranks import Ranks, Signals
+from record import Record
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first name that the device's contains counts.
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
 PEAKS = {
     "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
@@ -162,7 +159,7 @@ def evaluate(module, parallel, windows, micro_batch, ranks, device):
     module.eval()
     for name, (ids, targets) in windows.items():
         total = torch.zeros((), dtype=torch.float64)
-        for r in range(math.ceil(len(ids) / (ranks.world * micro_batch))):  # as often on every rank, for --fsdp
+        for r in range(math.ceil(len(ids) / (ranks.world * micro_batch))):  # as often on every rank, as --fsdp needs
             lo = (r * ranks.world + ranks.rank) * micro_batch
             x, y = ids[lo : lo + micro_batch], targets[lo : lo + micro_batch]
             dummy = len(x) == 0
@@ -173,124 +170,6 @@ def evaluate(module, parallel, windows, micro_batch, ranks, device):
         losses[name] = ranks.sum(total).item() / targets.numel()
     module.train()
     return losses
-
-
-class Record:
-    """The run's folder: tables, samples, checkpoints. The first rank writes; under --fsdp all take part in a save."""
-
-    def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token, overwrite=False):
-        self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
-        self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
-        self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
-        self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
-        self.samples = start.state["samples"] if going_on else []
-        self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
-        made = self.make_folder(overwrite) if ranks.first else None
-        self.folder, self.since = ranks.agree(made), time.time()
-        self.settings.out = str(self.folder)
-        self.columns = "step tokens flops seconds lr loss grad_norm tokens_per_second tflops mfu".split()
-        if start.config.experts:
-            self.columns += ["balance_loss", "z_loss", "max_violation", "dropped", "router_entropy"]
-        self.eval_columns = ["step", "tokens", "flops", "seconds"]
-        self.eval_columns += [f"{c.name}_{what}" for c in corpora for what in ("loss", "bits_per_byte")]
-        if ranks.first:
-            last = start.state["step"] if going_on else -1
-            runs.open_table(self.folder / "log.csv", self.columns, last)
-            runs.open_table(self.folder / "eval.csv", self.eval_columns, last)
-            self.write_samples()
-
-    def make_folder(self, overwrite):
-        """The run's folder, which no other process may write to as long as this one lives. Raises OSError."""
-        out = self.settings.out
-        if self.start.kind != "resume":
-            if out and overwrite:
-                shutil.rmtree(out, ignore_errors=True)
-            for folder in map(Path, [out] if out else (f"out/run-{i}" for i in itertools.count(1))):
-                with suppress(*[] if out else [FileExistsError]):  # run-1 is there: run-2
-                    folder.mkdir(parents=True)
-                    break
-            for path in self.start.besides:
-                shutil.copyfile(path, folder / path.name)
-        else:
-            folder = Path(out)
-        if os.name == "posix":
-            import fcntl
-
-            held = os.open(folder, os.O_RDONLY)
-            weakref.finalize(self, os.close, held)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"{folder} is being written by another process (wait until it has ended)") from None
-            except OSError:  # a file system without locks
-                pass
-        return folder
-
-    def write_samples(self):
-        (self.folder / "samples.txt").write_text("".join(self.samples), encoding="utf-8")
-
-    def counted(self, step):
-        tokens = step * self.settings.batch_tokens
-        seconds = round(self.seconds + time.time() - self.since, 3)
-        return {"step": step, "tokens": tokens, "flops": tokens * self.flops_per_token, "seconds": seconds}
-
-    def evaluated(self, step, losses):
-        row = self.counted(step)
-        for c in self.corpora:
-            row[f"{c.name}_loss"] = f"{losses[c.name]:.6f}"
-            row[f"{c.name}_bits_per_byte"] = f"{c.bits(losses[c.name]):.6f}"
-        if self.ranks.first:
-            runs.add_row(self.folder / "eval.csv", self.eval_columns, row)
-
-    def sampled(self, step, steps, text):
-        self.samples.append(f"==== step {step} of {steps} ====\n{text}\n\n")
-        if self.ranks.first:
-            self.write_samples()
-
-    def logged(self, step, row):
-        if self.ranks.first:
-            runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
-
-    def save(self, folder, step, module, optimizers, mask, finished=False):
-        """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume reads nothing else: a
-        save that is cut short loses nothing."""
-        whole, tokenizer = self.ranks.whole, self.start.tokenizer
-        weights = {n: whole(t) for n, t in module.state_dict().items()}
-        shown = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # what the model computes with
-        of = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-        moments = {n: {k: whole(t) for k, t in of.get(p, {}).items()} for n, p in module.named_parameters()}
-        if not self.ranks.first:
-            return
-        now, kept = self.counted(step), vars(self.settings)
-        entry = {
-            "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": self.settings.seed,
-            "data": self.reader.since(self.reads_before), "settings": {**kept, "tokenizer": tokenizer.key},
-        }  # fmt: skip
-        run = {"tokenizer": tokenizer.name, "step": step, **self.sizes, "lineage": [*self.history, entry]}
-        state = {
-            "format": 1, "step": step, "finished": finished, "settings": kept, "config": vars(self.start.config),
-            "run": run, "weights": weights, "optimizer": moments, "sequence": self.reader.sequence,
-            "read": self.reader.read, "reads_before": self.reads_before, "samples": self.samples,
-            "seconds": now["seconds"], "lr": optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
-        }  # fmt: skip
-        checkpoint.save(module, folder, tokenizer, shown, step)
-        checkpoint.write_json(folder / "run.json", run)
-        with checkpoint.replacing(folder / "trainer.pt") as beside:
-            torch.save(state, beside)
-
-    def snapshot(self, step, *what):
-        """A whole folder step-N inside the run's, tables included."""
-        partial, target = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
-        if self.ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            tables = (self.folder / name for name in ("log.csv", "eval.csv", "samples.txt"))
-            for path in (*tables, *checkpoint.besides(self.folder)):
-                shutil.copyfile(path, partial / path.name)
-        self.save(partial, step, *what)
-        if self.ranks.first:
-            shutil.rmtree(target, ignore_errors=True)
-            checkpoint.rename(partial, target)
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -330,7 +209,7 @@ def main(argv=None):
         steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world)
     except ValueError as error:
         fail(error)
-    s.micro_batch = ranks.agree(s.micro_batch)  # free memory may differ
+    s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ
     accumulate = s.batch_tokens // s.context // ranks.world // s.micro_batch
     ranks.say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
@@ -386,8 +265,9 @@ def main(argv=None):
     module.train()
     if compiled and not mask:
         compile_blocks(module)
-    fresh, stop, code, load = kind != "resume", 0, 0, None  # stop: a signal's number; load: tokens of each expert
-    last_time, last_step = time.time(), step
+    fresh = kind != "resume"  # the step at which a run resumes was evaluated and saved before
+    stop = code = 0  # a signal's number; the exit status
+    load, last_time, last_step = None, time.time(), step  # tokens of each expert; when the last row was logged
     while True:
         # evaluate, sample, save; a resumed step has done so already
         if device.type == "cuda" and (step % s.eval_every == 0 or step % s.save_every == 0 or step in snapshots):
@@ -404,7 +284,7 @@ def main(argv=None):
                     ids += model.generate(module, ids, 160, temperature=0.8, top_p=0.95, seed=1)
                 record.sampled(step, steps, tokenizer.decode(ids))
             try:
-                if step and step in snapshots and (ranks.first or s.fsdp):
+                if step and step in snapshots:
                     record.snapshot(step, module, optimizers, mask)
                 if step == steps or step % s.save_every == 0 or stop:
                     record.save(record.folder, step, module, optimizers, mask, finished=step == steps)

@@ -28,7 +28,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from ladder import CPP, PYTHON, ROOT, SCALE, M, cell, climb, experiment, pick, reach
+from ladder import ROOT, SCALE, M, cell, pick, reach
+from papers import CPP, PYTHON, climb, experiment
 from verdict import band, draw, fit_law, less, load, markdown, panels, points, save, say_fit, select, span_of, verdict
 
 SIZES = pick(tiny=["16x1", "16x2", "24x2"], cpu=["32x2", "48x3", "64x4"], gpu=["128x4", "256x4", "384x6"])

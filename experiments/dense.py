@@ -18,7 +18,8 @@ Under AdamW: the three smallest sizes at the first seed, but for the largest bud
 those of Muon from the same runs.
 """
 
-from ladder import M, at, climb, experiment, pick
+from ladder import M, at, pick
+from papers import climb, experiment
 from verdict import band, draw, fit_law, load, markdown, panels, points, save, say_fit, seeds, select, span_of
 
 SIZES = pick(

@@ -46,7 +46,8 @@ def waits(small):
     width, layers = (64, 2) if small else (768, 4)
     config = model.Config(hidden_size=width, num_hidden_layers=layers, experts=8, vocab_size=512)
     module = model.init_weights(model.Transformer(config), 1).to(DEVICE)
-    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    s, ranks = argparse.Namespace(optimizer="muon", lr=1e-3, weight_decay=0.1, dtype="bfloat16"), train.Ranks()
+    optimizers = train.get_optimizers(dict(module.named_parameters()), s, {}, ranks)
     ids = torch.randint(512, (4, 256), device=DEVICE)
 
     def step():
@@ -54,8 +55,9 @@ def waits(small):
             _, loss, aux = module(ids, ids)
         (loss + 0.01 * aux["balance_loss"]).backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     step()
     if DEVICE.type == "cuda":

@@ -20,7 +20,8 @@ a parameter, 14 a routing weight), where 16 and 32 are extrapolated, and in meas
 of the middle size.
 """
 
-from ladder import M, cell, climb, experiment, pick
+from ladder import M, cell, pick
+from papers import climb, experiment
 from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, seeds, select, span_of, verdict
 
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "48x2", "64x2"], gpu=["128x4", "256x4", "384x6"])

@@ -19,7 +19,8 @@ gives each arm less "copy", paired by seed, at the start and after D2. Under Ada
 
 import math
 
-from ladder import M, cell, climb, experiment, grown, pick
+from ladder import M, cell, pick
+from papers import climb, experiment, grown
 from verdict import less, load, markdown, panels, save, seeds, select, verdict
 
 BASE = pick(tiny="16x2", cpu="48x2", gpu="384x6")

@@ -19,7 +19,8 @@ d = 0.25, 1 and 3 M, and one layer made four at d = 1 M. And one layer made four
 
 import statistics
 
-from ladder import M, cell, climb, experiment, grown, pick, reach
+from ladder import M, cell, pick, reach
+from papers import climb, experiment, grown
 from verdict import band, draw, less, load, markdown, panels, points, save, seeds, select, verdict
 
 BIG, SMALL, NARROW, ONE = pick(

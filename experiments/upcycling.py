@@ -23,7 +23,8 @@ without B N^-beta. "Noise explains it away" is the F test of fitting.py. Under A
 
 import math
 
-from ladder import M, cell, climb, experiment, pick, whole
+from ladder import M, cell, pick
+from papers import climb, experiment, whole
 from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, select, span_of
 
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "64x2"], gpu=["128x4", "384x6"])

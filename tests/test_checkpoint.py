@@ -8,6 +8,7 @@ from conftest import IDS, PUBLIC_KINDS, SHAPES, make, of_public_kind
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import configuration
 import model
 from model import Config
 
@@ -198,7 +199,7 @@ def test_a_public_folder_gives_the_logits_of_transformers_and_survives_saving(na
             assert (logits - theirs(IDS).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", checkpoint.KINDS)
+@pytest.mark.parametrize("kind", configuration.KINDS)
 def test_a_key_that_a_configuration_leaves_out_has_the_value_of_its_public_class(kind, tmp_path, transformers):
     theirs = transformers.AutoConfig.for_model(kind)
     sizes = dict(vocab_size=97, hidden_size=256, intermediate_size=80, num_hidden_layers=1, num_attention_heads=32)
@@ -221,7 +222,7 @@ def test_a_key_that_a_configuration_leaves_out_has_the_value_of_its_public_class
     if ours.experts:
         assert (ours.experts, ours.top_k) == (theirs.num_local_experts, theirs.num_experts_per_tok)
         assert ours.balance_coef == theirs.router_aux_loss_coef * theirs.num_experts_per_tok
-        assert ours.router == checkpoint.ROUTER[getattr(theirs, "norm_topk_prob", True)]
+        assert ours.router == configuration.ROUTER[getattr(theirs, "norm_topk_prob", True)]
     if kind == "mistral":  # its class slides by default
         tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": kind, **sizes}))
         with pytest.raises(ValueError, match="sliding_window 4096"):

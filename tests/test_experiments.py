@@ -14,8 +14,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import ladder
+import papers
 import verdict
-from ladder import climb, divide, grown, needed, next_rate, spent
+from papers import climb, divide, grown, needed, next_rate, spent
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 PAPERS = ("dense", "granularity", "upcycling", "recipes", "stacking", "continual")
@@ -68,7 +69,7 @@ def test_two_shares_take_about_the_same_time(name):
     plan = listed(name)
     owner, load = divide(plan, 2), [0.0, 0.0]
     for run in plan.values():
-        load[owner[run.trunk] - 1] += ladder.seconds(run)
+        load[owner[run.trunk] - 1] += papers.seconds(run)
     assert max(load) < 1.6 * min(load)  # one family of three seeds may be left over
 
 
@@ -107,19 +108,19 @@ def test_a_sweep_walks_until_the_lowest_loss_has_a_neighbour_on_each_side(lowest
         points.append((lr, math.log(lr / lowest) ** 2))
     rates = sorted(lr for lr, _ in points)
     assert min(points, key=lambda p: p[1])[0] == pytest.approx(lowest)
-    assert rates[0] < lowest * 0.6 and rates[-1] > lowest * 1.7 and len(rates) <= ladder.RATES
+    assert rates[0] < lowest * 0.6 and rates[-1] > lowest * 1.7 and len(rates) <= papers.RATES
 
 
 def test_a_sweep_ends_also_where_every_rate_is_better_than_the_last():
     points = []
     while (lr := next_rate(points, 0.012)) is not None:
         points.append((lr, -lr))
-    assert len(points) == ladder.RATES
+    assert len(points) == papers.RATES
 
 
 def test_shapes_become_flags():
-    assert ladder.model_flags("64x3") == ["--hidden-size", "64", "--num-hidden-layers", "3"]
-    assert ladder.model_flags("64x3 8x2 G4")[4:] == ["--experts", "8", "--top-k", "2", "--granularity", "4"]
+    assert papers.model_flags("64x3") == ["--hidden-size", "64", "--num-hidden-layers", "3"]
+    assert papers.model_flags("64x3 8x2 G4")[4:] == ["--experts", "8", "--top-k", "2", "--granularity", "4"]
 
 
 # ---- what a table says ----------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def invent(name, home, law, noise=0.001):
         N, active, total, E, K, G = counts(run.shape)
         parts = [(shape, int(tokens)) for shape, tokens in (p.rsplit(":", 1) for p in spent(run, plan).split("+"))]
         flops = sum(6 * (counts(shape)[1] + 256 * int(shape.split("x")[0])) * tokens for shape, tokens in parts)
-        arm, D, D2 = run.columns["arm"], sum(tokens for _, tokens in parts), ladder.whole(run.columns["budget"])
+        arm, D, D2 = run.columns["arm"], sum(tokens for _, tokens in parts), papers.whole(run.columns["budget"])
         grew = D > D2 and name != "continual"
         share = float(arm.split()[1]) if arm.startswith("replay") else 0
         row = run.columns | dict(run=run.name, trunk=run.trunk, spent=spent(run, plan), lr=0.01, L_start=3.0, L_old=1.5)
@@ -238,7 +239,7 @@ TINY = """
 import contextlib, importlib, io, os, sys
 from pathlib import Path
 sys.path[:0] = [{experiments!r}, {root!r}]
-import torch, ladder
+import torch, ladder, papers
 torch.set_num_threads(1)
 
 def call(command):  # the same programs, but in this process: Python and PyTorch start once
@@ -252,11 +253,11 @@ def call(command):  # the same programs, but in this process: Python and PyTorch
     print("called", Path(script).stem, flush=True)
 
 ladder.call = call
-base = ladder.climb("base", "16x1", [], 1, also=[1024])
-made = ladder.grown("upcycle.py", (base[0], 1024), "16x1 4x2", "--experts", 4, "--top-k", 2)
-runs = [*base, made, *ladder.climb("upcycled", "16x1 4x2", [2048, 4096], 1, parent=(made, None))]
+base = papers.climb("base", "16x1", [], 1, also=[1024])
+made = papers.grown("upcycle.py", (base[0], 1024), "16x1 4x2", "--experts", 4, "--top-k", 2)
+runs = [*base, made, *papers.climb("upcycled", "16x1 4x2", [2048, 4096], 1, parent=(made, None))]
 for _ in range(2):
-    ladder.work(runs, Path("home"), Path("out"), (1, 1))
+    papers.work(runs, Path("home"), Path("out"), (1, 1))
     print("---")
 """
 

@@ -861,9 +861,11 @@ def test_a_folder_that_another_process_writes_to_is_refused(here, texts, capsys)
                                stdout=subprocess.DEVNULL)  # fmt: skip
     while not Path("busy/trainer.pt").exists():
         time.sleep(0.02)
-    with pytest.raises(SystemExit):
-        train.main(["--resume", "--out", "busy"])
-    assert "busy is being written by another process" in capsys.readouterr().err
+    for again in (["--resume"], [*command(texts)[2:], "--overwrite"]):
+        with pytest.raises(SystemExit):
+            train.main([*again, "--out", "busy"])
+        assert "busy is being written by another process" in capsys.readouterr().err
+        assert Path("busy/trainer.pt").exists()
     process.kill()
     process.wait()
 

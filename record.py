@@ -1,0 +1,151 @@
+"""The folder of a run, while it is written: tables, samples, checkpoints.
+
+    log.csv  eval.csv     a row a logged step, a row an evaluation (runs.py)
+    samples.txt           the same prompt and seed at 0, 10, 50 and 100 % of the run
+    model.safetensors, config.json, tokenizer.json ...    the checkpoint, which transformers opens (checkpoint.py)
+    run.json              tokenizer, counts of parameters, and the lineage with this run's entry at its end
+    trainer.pt            all that --resume needs, and the commit of a save: it is renamed into place last
+    step-N/               all of that as it was at step N: a snapshot
+"""
+
+import itertools
+import os
+import shutil
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import runs
+
+
+def lock(folder):
+    """A descriptor that locks `folder` until it is closed. OSError if another process has locked it. Windows, and
+    some file systems, know no such locks."""
+    if os.name != "posix":
+        return os.open(os.devnull, os.O_RDONLY)
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise OSError(f"{folder} is being written by another process (wait until it has ended)") from None
+    except OSError:  # no locks here
+        pass
+    return held
+
+
+class Record:
+    """The run's folder: tables, samples, checkpoints. The first rank writes; under --fsdp all take part in a save."""
+
+    def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token, overwrite=False):
+        self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
+        self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
+        self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
+        self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
+        self.samples = start.state["samples"] if going_on else []
+        self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
+        made = self.make_folder(overwrite) if ranks.first else None
+        self.folder, self.since = ranks.agree(made), time.time()
+        self.settings.out = str(self.folder)
+        self.columns = "step tokens flops seconds lr loss grad_norm tokens_per_second tflops mfu".split()
+        if start.config.experts:
+            self.columns += ["balance_loss", "z_loss", "max_violation", "dropped", "router_entropy"]
+        self.eval_columns = ["step", "tokens", "flops", "seconds"]
+        self.eval_columns += [f"{c.name}_{what}" for c in corpora for what in ("loss", "bits_per_byte")]
+        if ranks.first:
+            last = start.state["step"] if going_on else -1
+            runs.open_table(self.folder / "log.csv", self.columns, last)
+            runs.open_table(self.folder / "eval.csv", self.eval_columns, last)
+            self.write_samples()
+
+    def make_folder(self, overwrite):
+        """The run's folder, locked as long as this object lives. Raises OSError if it is locked already, or exists."""
+        out, resumes = self.settings.out, self.start.kind == "resume"
+        if out:
+            folder = Path(out)
+            if overwrite and folder.is_dir():
+                os.close(lock(folder))  # refuses if a run is alive in it
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=resumes)
+        else:
+            for i in itertools.count(1):
+                folder = Path(f"out/run-{i}")
+                with suppress(FileExistsError):
+                    folder.mkdir(parents=True)
+                    break
+        weakref.finalize(self, os.close, lock(folder))
+        for path in () if resumes else self.start.besides:
+            shutil.copyfile(path, folder / path.name)
+        return folder
+
+    def write_samples(self):
+        (self.folder / "samples.txt").write_text("".join(self.samples), encoding="utf-8")
+
+    def counted(self, step):
+        tokens = step * self.settings.batch_tokens
+        seconds = round(self.seconds + time.time() - self.since, 3)
+        return {"step": step, "tokens": tokens, "flops": tokens * self.flops_per_token, "seconds": seconds}
+
+    def evaluated(self, step, losses):
+        row = self.counted(step)
+        for c in self.corpora:
+            row[f"{c.name}_loss"] = f"{losses[c.name]:.6f}"
+            row[f"{c.name}_bits_per_byte"] = f"{c.bits(losses[c.name]):.6f}"
+        if self.ranks.first:
+            runs.add_row(self.folder / "eval.csv", self.eval_columns, row)
+
+    def sampled(self, step, steps, text):
+        self.samples.append(f"==== step {step} of {steps} ====\n{text}\n\n")
+        if self.ranks.first:
+            self.write_samples()
+
+    def logged(self, step, row):
+        if self.ranks.first:
+            runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
+
+    def save(self, folder, step, module, optimizers, mask, finished=False):
+        """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume takes its weights and
+        state from there alone: a save that is cut short loses no earlier one."""
+        whole, tokenizer = self.ranks.whole, self.start.tokenizer
+        weights = {n: whole(t) for n, t in module.state_dict().items()}
+        effective = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # the mask multiplied in
+        states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+        moments = {n: {k: whole(t) for k, t in states.get(p, {}).items()} for n, p in module.named_parameters()}
+        if not self.ranks.first:
+            return
+        now, kept = self.counted(step), vars(self.settings)
+        entry = {
+            "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": self.settings.seed,
+            "data": self.reader.since(self.reads_before), "settings": {**kept, "tokenizer": tokenizer.key},
+        }  # fmt: skip
+        run = {"tokenizer": tokenizer.name, "step": step, **self.sizes, "lineage": [*self.history, entry]}
+        state = {
+            "format": 1, "step": step, "finished": finished, "settings": kept, "config": vars(self.start.config),
+            "run": run, "weights": weights, "optimizer": moments, "sequence": self.reader.sequence,
+            "read": self.reader.read, "reads_before": self.reads_before, "samples": self.samples,
+            "seconds": now["seconds"], "lr": optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
+        }  # fmt: skip
+        checkpoint.save(module, folder, tokenizer, effective, step)
+        checkpoint.write_json(folder / "run.json", run)
+        with checkpoint.replacing(folder / "trainer.pt") as beside:
+            torch.save(state, beside)
+
+    def snapshot(self, step, *what):
+        """A whole folder step-N inside the run's, tables included."""
+        partial, target = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
+        if self.ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            tables = (self.folder / name for name in ("log.csv", "eval.csv", "samples.txt"))
+            for path in (*tables, *checkpoint.besides(self.folder)):
+                shutil.copyfile(path, partial / path.name)
+        self.save(partial, step, *what)
+        if self.ranks.first:
+            shutil.rmtree(target, ignore_errors=True)
+            checkpoint.rename(partial, target)
