@@ -229,8 +229,9 @@ class Best(NamedTuple):
         return np.where(floor & (value < 1e-6 * np.exp(self.y.min())), 0, value)
 
 
-def solve(form, table, target="L", fixed=None, starts=None):
+def solve(form, table, target="L", fixed=None, starts=None, also=None):
     """The best fit, and the floors that noise leaves possible. ValueError for too few runs, or outside of the domain.
+    starts (S, P): in the place of the grid; also (P): one more.
 
     A power law with a small exponent looks like a constant, so a floor of 0 may fit almost as well as the right one. No
     descent from the best fit finds that out. So the floor is held at 51 values, from 0 to almost the lowest loss, and
@@ -248,6 +249,7 @@ def solve(form, table, target="L", fixed=None, starts=None):
     constant = [p for p, powers in form(**{c: table[c] for c in columns(form)}) if not powers and p not in fixed]
     E = names.index(constant[0]) if constant else None
     starts = hoffmann_grid(prefactor, E, X) if starts is None else starts.copy()
+    starts = starts if also is None else np.vstack([starts, also])
     for name, value in fixed.items():
         j = names.index(name)
         starts[:, j] = value if not prefactor[j] else log(value) if value else NOTHING
@@ -371,7 +373,10 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
     """
     fixed, plain = fixed or {}, {}
     intervals, percentiles, refits = {}, None, []
-    best = solve(form, table, target, fixed)
+    compared = simpler and not simpler.keys() & fixed.keys()
+    short = solve(form, table, target, fixed | simpler) if compared else None
+    # the simpler fit is one start: with a term more the fit may not be worse, and no grid is fine enough to promise it
+    best = solve(form, table, target, fixed, also=short and short.theta)
     why = undetermined(form, table, best)
     if bootstrap:
         intervals, percentiles, refits = intervals_of(best, bootstrap, blocks, seed)
@@ -380,8 +385,8 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
             wide = 10 if best.prefactor[best.names.index(name)] else 4
             if low <= 0 <= high or far > wide * near:
                 why.setdefault(name, f"its interval includes 0 or spans more than a factor of {wide}")
-    if simpler and not simpler.keys() & fixed.keys():
-        short, P = solve(form, table, target, fixed | simpler), best.free.sum()
+    if compared:
+        P = best.free.sum()
         chance = allowance(residuals(best.theta[None], best.X, best.y)[0][0], P, len(simpler))
         plain = {"without": list(simpler), "objective": short.f, "needed": bool(short.f - best.f > chance),
                  "held_out": held_out(form, table, target, fixed | simpler, short.slid)}

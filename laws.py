@@ -439,8 +439,7 @@ def main(argv=None):
     sub.add_argument("table", metavar="RUNS.CSV", help="run table with the law's columns and L")
     add = sub.add_argument_group("what is fitted").add_argument
     add("--set", metavar="NAME", help="set whose form is fitted (default: the law's first)")
-    add("--where", action="append", default=[], metavar="COLUMN=VALUE",
-        help="only the rows with this value; repeat for more conditions (default: all rows)")
+    add("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only such rows (default: all rows)")
     add("--first-stage", metavar="FILE", help="fit JSON to take coefficients from that the paper freezes: "
         "continual E, A, alpha; fine-grained dense c; upcycling E (default: none)")
     add = sub.add_argument_group("intervals").add_argument

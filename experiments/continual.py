@@ -4,10 +4,9 @@
     python experiments/continual.py speed                                 # seconds a step of each size
     python experiments/continual.py show                                  # tables, verdicts, figure
 
-    grep -e ^arm -e ^scratch,muon experiments/continual/runs.csv > out/scratch.csv   # the fits alone
-    python laws.py fit continual out/scratch.csv --set scratch --json > out/scratch.json
-    grep -e ^arm -e ^continual,muon experiments/continual/runs.csv > out/continual.csv
-    python laws.py fit continual out/continual.csv --first-stage out/scratch.json --bootstrap 1000 --blocks trunk
+    cd experiments/continual                                              # the fits alone
+    python ../../laws.py fit continual runs.csv --where arm=scratch optimizer=muon --set scratch --json > scratch.json
+    python ../../laws.py fit continual runs.csv --where arm=continual optimizer=muon --first-stage scratch.json
 
 The paper (2407.02118). From scratch L = E + A N^-alpha + B D^-beta. Continued from another language, with the same E, A
 and alpha, L = E + A N^-alpha + B' D^-beta' N^-gamma, gamma = 0.08 > 0: what is carried over grows with the model. It

@@ -4,8 +4,7 @@
     python experiments/dense.py speed                                 # seconds a step of each size
     python experiments/dense.py show                                  # tables, verdict, figure
 
-    grep -v adamw experiments/dense/runs.csv > out/dense.csv          # the fit alone
-    python laws.py fit chinchilla out/dense.csv --bootstrap 1000 --blocks trunk
+    python laws.py fit chinchilla experiments/dense/runs.csv --where optimizer=muon     # the fit alone
 
 The paper (2203.15556; refit in 2404.10102). L = E + A N^-alpha + B D^-beta. Of a budget C = 6 N D the best N grows as
 C^a with a = beta / (alpha + beta), and the best D as C^b with b = 1 - a: both exponents near one half.

@@ -4,8 +4,7 @@
     python experiments/granularity.py speed                               # seconds a step of each shape
     python experiments/granularity.py show                                # tables, verdict, figure
 
-    grep -v adamw experiments/granularity/runs.csv > out/fine.csv         # the fit alone
-    python laws.py fit fine-grained out/fine.csv --bootstrap 1000 --blocks trunk
+    python laws.py fit fine-grained experiments/granularity/runs.csv --where optimizer=muon      # the fit alone
 
 The paper (2402.07871). L = c + (g G^-gamma + a) N^-alpha + b D^-beta, N all parameters; gamma = 0.58 at 64 experts.
 G > 1 nearly always wins. The best G grows with the budget, although the router's FLOPs grow with G. In seconds too

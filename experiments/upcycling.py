@@ -4,10 +4,9 @@
     python experiments/upcycling.py speed                                 # seconds a step of each shape
     python experiments/upcycling.py show                                  # tables, verdict, figure
 
-    grep -e ^arm -e ^scratch,muon experiments/upcycling/runs.csv > out/scratch.csv     # the fits alone
-    python laws.py fit upcycling out/scratch.csv --set moe --json > out/scratch.json
-    grep -e ^arm -e ^upcycled,muon experiments/upcycling/runs.csv > out/upcycled.csv
-    python laws.py fit upcycling out/upcycled.csv --first-stage out/scratch.json --bootstrap 1000 --blocks trunk
+    cd experiments/upcycling                                              # the fits alone
+    python ../../laws.py fit upcycling runs.csv --where arm=scratch optimizer=muon --set moe --json > moe.json
+    python ../../laws.py fit upcycling runs.csv --where arm=upcycled optimizer=muon --first-stage moe.json
 
 The paper (2502.03009). L = A D1^-alpha1 D2^(-alpha2 + alpha3 ln D1) + B N^-beta + E for D1 tokens dense, then D2 as a
 mixture. alpha3 > 0: the longer the dense training, the less each token brings the mixture. So there is a D2* beyond
