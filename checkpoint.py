@@ -2,7 +2,7 @@
 
 There is no format of our own. `load` reads what Meta, Mistral and Qwen publish, and `save` writes what transformers and
 vLLM read. What the Transformer of model.py cannot compute exactly (a sliding window, another activation) is refused by
-name. Nothing in a folder is executed, and no file outside it is opened.
+name. Nothing in a folder is executed, and its index cannot name a file outside it.
 
     config.json          the configuration, in the public keys; one key more, `granularity`, which other readers ignore
     model.safetensors    the weights, or shards of them with model.safetensors.index.json
@@ -90,7 +90,7 @@ def read_json(path):
 
 def find(name):
     """The folder that `name` means: that folder itself, or a public model `org/name`, from the hub or the hub's cache.
-    Only weights, JSON and tokenizer files are fetched. Raises FileNotFoundError."""
+    Only weights, JSON, tokenizer and licence are fetched. Raises FileNotFoundError."""
     if Path(name).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         return Path(name)
     import huggingface_hub
@@ -127,7 +127,7 @@ def spelled(config, name):
 
 def unpack(config, state):
     """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out. A layer's experts are
-    gate_up_proj (E, 2 F, D), the gate above the up, and down_proj (E, D, F)."""
+    gate_up_proj (E, 2 F, D), the gate above the up, and down_proj (E, D, F), counted after the cut by granularity."""
     for name, t in state.items():
         layer, _, matrix = name.partition(".experts.")
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -143,7 +143,8 @@ def unpack(config, state):
 
 def packed(config, name, shape, read):
     """The inverse of unpack, for one tensor of a state dict. read(name): the tensor of that name, of one expert."""
-    parts = [read(n) for n, _ in unpack(config, {name: torch.empty(shape, device="meta")})]
+    names = [n for n, _ in unpack(config, {name: torch.empty(shape, device="meta")})]  # in order; no numbers are made
+    parts = [read(n) for n in names]
     if name.endswith("gate_up_proj"):
         parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
     return torch.stack(parts) if ".experts." in name else parts[0]
@@ -208,7 +209,7 @@ def tensor_files(folder):
 
 
 def locate(folder, config):
-    """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, their widest dtype).
+    """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, and a dtype for all).
 
     Reads headers alone (and of a tied model a head that lies in the file all the same, to compare it). Raises
     FileNotFoundError or ValueError where a tensor is missing, left over, torn, or of another shape or dtype."""
@@ -294,7 +295,7 @@ def build(config, value, dtype=torch.float32, shard=None):
             empty.to_local().copy_(mine.to_local())
         else:
             state[name] = whole
-    module.load_state_dict(state, assign=True, strict=False)
+    module.load_state_dict(state, assign=True, strict=False)  # nothing with shard: its parts are filled
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module

@@ -1,8 +1,8 @@
 """config.json: the Hugging Face configuration of a model, and the Config of model.py that says the same.
 
-`from_public` reads what Meta, Mistral and Qwen publish. A key that changes what is computed must have the value that
-model.py computes, and a key that the file leaves out counts as its public class would fill it in. All else is refused
-by name. `public_config` writes the plainest public kind that can say what a Config says.
+`from_public` reads what Meta, Mistral and Qwen publish. Of the keys that change what is computed it lists the values
+that model.py can compute, and refuses others by name. A key that the file leaves out counts as its public class would
+fill it in (`KINDS`). `public_config` writes the plainest public kind that can say what a Config says.
 
 The one key of ours is `granularity` (missing: 1), which other readers ignore. The file counts experts after the cut, as
 other readers must: 8 experts of granularity 4 are 32 of a quarter's width there. A Config counts them before it.
@@ -76,7 +76,7 @@ def from_public(h, path):
         head_dim=h.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
         max_position_embeddings=need("max_position_embeddings"),
         rms_norm_eps=need("rms_norm_eps"),
-        rope_theta=float(rope.get("rope_theta", need("rope_theta"))),
+        rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
         rope_scaling=scaling,
         tie_word_embeddings=h.get("tie_word_embeddings", False),
         qk_norm=kind.startswith("qwen3"),
