@@ -450,9 +450,20 @@ def auto_lr(optimizer, N, D, steps):
     return min(0.02, fitted)  # nothing above was tried to advantage
 
 
-def horizon(s, config, sizes, flops_per_token, device, world):
+def continued_lr(optimizer, N, batch_tokens, steps, lineage):
+    """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the share of it that is new. A
+    model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it back
+    (experiments/LOG.md). What came before counts for nine times this run at most, and so does an unknown number.
+    """
+    tokens = [step["tokens"] for step in lineage if "tokens" in step]
+    before = 9 * steps if None in tokens else min(9 * steps, sum(tokens) / batch_tokens)
+    whole = before + steps
+    return auto_lr(optimizer, N, whole * batch_tokens, whole) * steps / whole
+
+
+def horizon(s, config, sizes, flops_per_token, device, world, lineage=()):
     """(steps of the run, the steps that --save-at means). Fills in what is counted in steps, and the micro-batch.
-    Raises ValueError for what does not fit into the run."""
+    lineage: what came before the run. Raises ValueError for what does not fit into the run."""
     tokens = s.tokens
     if s.flops is not None:
         tokens = s.flops / flops_per_token
@@ -464,7 +475,7 @@ def horizon(s, config, sizes, flops_per_token, device, world):
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
     if s.lr == "auto":
         n = max(1, steps)  # a run of no steps only evaluates
-        s.lr = float(f"{auto_lr(s.optimizer, sizes['N_active'], n * s.batch_tokens, n):.2g}")
+        s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
     s.eval_every = s.eval_every or max(1, steps // 10)

@@ -206,7 +206,7 @@ def main(argv=None):
     module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
-        steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world)
+        steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world, lineage)
     except ValueError as error:
         fail(error)
     s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ

@@ -209,6 +209,30 @@ def test_the_parsed_flags_stay_as_they_were_given(flags, here):
     assert (vars(args), given) == before
 
 
+def test_the_automatic_rate_of_a_run_that_goes_on_is_its_share_of_the_whole_way():
+    def rate(steps, *tokens):
+        return settings.continued_lr("muon", 1e6, 2048, steps, [{"step": "train", "tokens": t} for t in tokens])
+
+    alone = lambda steps: settings.auto_lr("muon", 1e6, 2048 * steps, steps)
+    assert rate(100) == alone(100)
+    assert rate(100, 2048 * 300) == rate(100, 2048 * 100, 2048 * 200) == pytest.approx(alone(400) / 4)
+    assert rate(100, 2e12) == rate(100, None) == rate(100, None, 2048) == pytest.approx(alone(1000) / 10)
+    adamw = settings.continued_lr("adamw", 1e6, 2048, 100, [{"step": "upcycle"}, {"step": "train", "tokens": 204800}])
+    assert adamw == pytest.approx(settings.auto_lr("adamw", 1e6, 409600, 200) / 2)
+
+
+def test_a_run_that_goes_on_has_a_lower_automatic_rate_than_a_new_one(here):
+    rates = []
+    for flags in (("--data", "a.txt"), ("--init", "trunk")):
+        start = settle(*flags, "--tokens", 1024, "--batch-tokens", 256)
+        sizes = model.Transformer(start.config).num_parameters()
+        settings.horizon(start.settings, start.config, sizes, 1, torch.device("cpu"), 1, start.lineage)
+        of = settings.continued_lr("muon", sizes["N_active"], 256, 4, start.lineage)
+        assert start.settings.lr == pytest.approx(of, rel=0.05)
+        rates.append(start.settings.lr)
+    assert rates[1] < 0.7 * rates[0]
+
+
 BATCHES = {  # windows of a step, ranks, micro-batch before -> the largest one after that divides and is no larger
     (8, 1, 8): 8, (8, 2, 8): 4, (8, 8, 8): 1, (8, 2, 2): 2, (8, 1, 2): 2, (12, 2, 4): 3, (12, 1, 8): 6, (14, 2, 5): 1,
 }  # fmt: skip
