@@ -451,14 +451,14 @@ def auto_lr(optimizer, N, D, steps):
 
 
 def continued_lr(optimizer, N, batch_tokens, steps, lineage):
-    """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the share of it that is new. A
-    model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it back
-    (experiments/LOG.md). What came before counts for nine times this run at most, and so does an unknown number.
-    """
+    """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the root of the share that is
+    new. A model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it
+    back; new text wants a higher one than more of the old (experiments/LOG.md). What came before counts for nine times
+    this run at most, and so does an unknown number."""
     tokens = [step["tokens"] for step in lineage if "tokens" in step]
     before = 9 * steps if None in tokens else min(9 * steps, sum(tokens) / batch_tokens)
     whole = before + steps
-    return auto_lr(optimizer, N, whole * batch_tokens, whole) * steps / whole
+    return auto_lr(optimizer, N, whole * batch_tokens, whole) * math.sqrt(steps / whole)
 
 
 def horizon(s, config, sizes, flops_per_token, device, world, lineage=()):

@@ -20,8 +20,6 @@ alpha3 is fitted three ways: E taken over from the mixture from scratch, as in t
 without B N^-beta. "Noise explains it away" is the F test of fitting.py. Under AdamW: one size at the first seed.
 """
 
-import math
-
 from ladder import M, cell, pick
 from papers import climb, experiment, whole
 from verdict import band, draw, fit_law, less, load, markdown, panels, save, say_fit, select, span_of
@@ -30,6 +28,7 @@ SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "64x2"], gpu=["128x4", "384x6"]
 DENSE = pick(tiny=[4096, 8192], cpu=[M // 2, M, 2 * M, 4 * M, 8 * M], gpu=[4 * M, 8 * M, 16 * M, 32 * M, 64 * M])
 D1S = pick(tiny=[3072, 6144], cpu=[M * 3 // 8, M * 3 // 2, 5 * M], gpu=[3 * M, 12 * M, 48 * M])
 D2S = pick(tiny=[2048, 4096, 8192], cpu=[M // 2, M * 5 // 4, 3 * M], gpu=[4 * M, 12 * M, 32 * M])
+FURTHEST = 100 * max(D2S)  # where a crossing is looked for
 
 
 def plan(seeds):
@@ -47,19 +46,19 @@ def family(size, seed, optimizer="muon"):
 
 
 def crossing(size, scratch, D1):
-    """A function of an upcycling fit: D2* where the upcycled mixture and that from scratch have the same loss. inf: it
-    stays below within 100 times the largest D2; 0: it is above from the start."""
+    """A function of an upcycling fit: D2* where the upcycled mixture and that from scratch have the same loss. FURTHEST
+    if it is ahead up to there; 0 if it is behind from the start."""
     import numpy as np
 
     import laws
 
-    D2 = np.geomspace(min(D2S) / 10, max(D2S) * 100, 2000)
+    D2 = np.geomspace(min(D2S) / 10, FURTHEST, 2000)
     theirs = laws.evaluate(laws.row("upcycling", "moe").form, scratch["coefficients"], N=size, D=D2)
 
     def star(report):
         mine = laws.evaluate(laws.row("upcycling").form, report["coefficients"], N=size, D1=D1, D2=D2)
         behind = np.flatnonzero(mine > theirs)
-        return math.inf if not len(behind) else 0.0 if behind[0] == 0 else float(D2[behind[0]])
+        return float(FURTHEST if not len(behind) else 0 if behind[0] == 0 else D2[behind[0]])
 
     return star
 
@@ -99,7 +98,7 @@ def show(home):
         N = select(up, shape=f"{size} 8x2")[0]["N"]
         stars = [crossing(N, scratch, whole(D1)) for D1 in D1S]
         table.append([size, *(span_of(staged, star) for star in stars)])
-    markdown(["D2* by the fits, at equal D2", *(f"D1 {D1 / M:g} M" for D1 in D1S)], table)
+    markdown([f"D2* by the fits, at equal D2, up to {FURTHEST:.0e}", *(f"D1 {D1 / M:g} M" for D1 in D1S)], table)
     plot(home, muon)
 
 

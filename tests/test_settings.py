@@ -209,16 +209,16 @@ def test_the_parsed_flags_stay_as_they_were_given(flags, here):
     assert (vars(args), given) == before
 
 
-def test_the_automatic_rate_of_a_run_that_goes_on_is_its_share_of_the_whole_way():
+def test_the_automatic_rate_of_a_run_that_goes_on_falls_with_its_share_of_the_whole_way():
     def rate(steps, *tokens):
         return settings.continued_lr("muon", 1e6, 2048, steps, [{"step": "train", "tokens": t} for t in tokens])
 
     alone = lambda steps: settings.auto_lr("muon", 1e6, 2048 * steps, steps)
     assert rate(100) == alone(100)
-    assert rate(100, 2048 * 300) == rate(100, 2048 * 100, 2048 * 200) == pytest.approx(alone(400) / 4)
-    assert rate(100, 2e12) == rate(100, None) == rate(100, None, 2048) == pytest.approx(alone(1000) / 10)
+    assert rate(100, 2048 * 300) == rate(100, 2048 * 100, 2048 * 200) == pytest.approx(alone(400) / 2)
+    assert rate(100, 2e12) == rate(100, None) == rate(100, None, 2048) == pytest.approx(alone(1000) / 10**0.5)
     adamw = settings.continued_lr("adamw", 1e6, 2048, 100, [{"step": "upcycle"}, {"step": "train", "tokens": 204800}])
-    assert adamw == pytest.approx(settings.auto_lr("adamw", 1e6, 409600, 200) / 2)
+    assert adamw == pytest.approx(settings.auto_lr("adamw", 1e6, 409600, 200) / 2**0.5)
 
 
 def test_a_run_that_goes_on_has_a_lower_automatic_rate_than_a_new_one(here):
@@ -230,7 +230,7 @@ def test_a_run_that_goes_on_has_a_lower_automatic_rate_than_a_new_one(here):
         of = settings.continued_lr("muon", sizes["N_active"], 256, 4, start.lineage)
         assert start.settings.lr == pytest.approx(of, rel=0.05)
         rates.append(start.settings.lr)
-    assert rates[1] < 0.7 * rates[0]
+    assert rates[1] < 0.9 * rates[0]
 
 
 BATCHES = {  # windows of a step, ranks, micro-batch before -> the largest one after that divides and is no larger
