@@ -34,7 +34,7 @@ WARMUP = pick(2, 16, 50)  # steps
 RHYTHM = ("--eval-every", "1000000", "--save-every", "1000000")
 SETTING = ("--batch-tokens", str(STEP), *RHYTHM)
 SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
-ADAMW = ("--optimizer", "adamw", "--lr", "0.003")  # with which moe_table, upcycle_table and grow_table were measured
+ADAMW = ("--optimizer", "adamw", "--lr", "0.003")  # with which moe_table and grow_table were measured
 
 
 # ---- one run, one ladder, one sweep ---------------------------------------------------------------------------------
