@@ -1,6 +1,6 @@
 """Upcycling, measured here: what are the D1 tokens of a dense model worth to the mixture that is made of it?
 
-    python experiments/upcycling.py run [--seeds 1 2 3] [--share 1/2]     # about 3.1 core-hours; a second call goes on
+    python experiments/upcycling.py run [--seeds 1 2 3] [--share 1/2]     # about 3.4 core-hours; a second call goes on
     python experiments/upcycling.py speed                                 # seconds a step of each shape
     python experiments/upcycling.py show                                  # tables, verdict, figure
 
