@@ -167,7 +167,7 @@ def get_parser(commands=""):
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of hidden matrices; adamw has all others")
-    add("--lr", type=rate, default="auto", metavar="X", help="highest learning rate, or auto: see settings.auto_lr")
+    add("--lr", type=rate, default="auto", metavar="X", help="highest learning rate; auto: settings.continued_lr")
     add("--min-lr", type=positive, default=0.0, help="learning rate at the end")
     add("--warmup", type=number, help="steps of linear warmup (default: 2%% of the run)")
     schedules = ("cosine", "wsd", "constant")
