@@ -219,8 +219,8 @@ def run_budget(args):
         if args.have_n or args.have_d:
             raise ValueError(f"--have {args.have} says what --have-n and --have-d would (leave them out)")
         args.have_n, args.have_d, config = have(args.have)
-    if not (args.have_n and args.have_d):
-        raise ValueError("budget needs --have FOLDER, or --have-n and --have-d")
+    if not (args.have_n and args.have_d and args.flops):
+        raise ValueError("budget needs --flops, and --have FOLDER or both --have-n and --have-d")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
@@ -265,7 +265,7 @@ def main(argv=None):
     add("--have", metavar="FOLDER", help="a dense run's folder, which says its size and tokens")
     add("--have-n", type=number, metavar="N", help="without --have: size of the dense model, in parameters")
     add("--have-d", type=number, metavar="D1", help="without --have: its tokens so far")
-    add("--flops", type=number, required=True, metavar="C", help="FLOPs from here on (required)")
+    add("--flops", type=number, metavar="C", help="FLOPs from here on (required)")
     add = sub.add_argument_group("what it may become").add_argument
     add("--experts", type=number, default=8, help="experts of the MoE, only checked against --top-k (default: 8)")
     add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
