@@ -267,7 +267,7 @@ def main(argv=None):
     add("--have-d", type=number, metavar="D1", help="without --have: its tokens so far")
     add("--flops", type=number, metavar="C", help="FLOPs from here on (required)")
     add = sub.add_argument_group("what it may become").add_argument
-    add("--experts", type=number, default=8, help="experts of the MoE, only checked against --top-k (default: 8)")
+    add("--experts", type=number, default=8, help="experts of the MoE, in the printed command (default: 8)")
     add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
     add = sub.add_argument_group("coefficients").add_argument
     add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
