@@ -135,11 +135,17 @@ def needed(plan, known):
     return names
 
 
+def sweeps(plan):
+    """The sweeps as runs, each as long as its 3.3 runs on the average."""
+    first = {run.rate: run for run in reversed(plan.values()) if run.rate}
+    return [run._replace(tokens=3.3 * sweep_tokens(run, plan)) for run in first.values()]
+
+
 def divide(plan, n):
     """{trunk: share 1 .. n}: each family, in its turn, to the share that has the least to do. The same in every
-    terminal, whatever is done already: so no lock is needed."""
+    terminal, whatever is done already: so no lock is needed. A sweep counts with the family that it tunes first."""
     cost, load, owner = Counter(), [0.0] * n, {}
-    for run in plan.values():
+    for run in [*plan.values(), *sweeps(plan)]:
         cost[run.trunk] += seconds(run)
     for trunk, much in cost.items():
         owner[trunk] = load.index(min(load)) + 1
@@ -302,14 +308,12 @@ def experiment(name, doc, plan, show, before=lambda: None, argv=None):
 
 
 def show_plan(listed, n):
-    """The runs and the hours that they take by `seconds`; of a sweep 3.3 runs."""
+    """The runs and the hours that they take by `seconds`."""
     plan = {run.name: run for run in listed}
     owner, load = divide(plan, n), Counter()
-    sweeps = {run.rate: run for run in reversed(plan.values()) if run.rate}
     for run in plan.values():
         print(f"{owner[run.trunk]}/{n} {seconds(run):6.0f} s  {spent(run, plan):45} {run.name}")
+    for run in [*plan.values(), *sweeps(plan)]:
         load[owner[run.trunk]] += seconds(run) / 3600
-    for run in sweeps.values():
-        load[owner[run.trunk]] += 3.3 * seconds(run._replace(tokens=sweep_tokens(run, plan))) / 3600
     hours = ", ".join(f"share {i} {hours:.2f}" for i, hours in sorted(load.items()))
-    print(f"{len(plan)} runs, {len(sweeps)} sweeps, about {sum(load.values()):.1f} core-hours ({hours})")
+    print(f"{len(plan)} runs, {len(sweeps(plan))} sweeps, about {sum(load.values()):.1f} core-hours ({hours})")

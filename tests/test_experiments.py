@@ -68,9 +68,9 @@ def test_the_first_run_of_a_sweep_is_that_of_the_first_seed(name):
 def test_two_shares_take_about_the_same_time(name):
     plan = listed(name)
     owner, load = divide(plan, 2), [0.0, 0.0]
-    for run in plan.values():
+    for run in [*plan.values(), *papers.sweeps(plan)]:
         load[owner[run.trunk] - 1] += papers.seconds(run)
-    assert max(load) < 1.6 * min(load)  # one family of three seeds may be left over
+    assert max(load) < 1.2 * min(load)
 
 
 def test_what_the_table_lacks_is_needed_with_all_its_ancestors_and_nothing_else():
