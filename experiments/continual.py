@@ -155,6 +155,16 @@ def show(home):
     plot(home, muon)
 
 
+def panel(axes, rows):
+    """The loss on both languages over the share of replay."""
+    runs = [r | {"share": 0.0} for r in select(rows, arm="continual", shape=MIDDLE, budget=T)]
+    runs += [r | {"share": float(r["arm"].split()[1])} for r in rows if r["arm"].startswith("replay")]
+    for i, (y, label) in enumerate((("L", "C++"), ("L_old", "Python"))):
+        draw(axes, i, band(runs, "share", y, by="share"), label)
+    axes.set(xlabel="share of Python", ylabel="validation loss", title=f"{MIDDLE}, {T / M:g} M tokens in all")
+    axes.legend(frameon=False, fontsize=8)
+
+
 def plot(home, rows):
     figure, axes = panels(3)
     for i, size in enumerate(SIZES):
@@ -163,15 +173,11 @@ def plot(home, rows):
         percents = [(D, saved(rows, dict(arm="continual", shape=size, budget=D))) for D in BUDGETS]
         inside = [(D, each) for D, each in percents if all(p == p for p in each)]
         draw(axes[2], i, [(D, sum(each) / len(each), min(each), max(each)) for D, each in inside], size)
-    runs = [r | {"share": 0.0} for r in select(rows, arm="continual", shape=MIDDLE, budget=T)]
-    runs += [r | {"share": float(r["arm"].split()[1])} for r in rows if r["arm"].startswith("replay")]
-    for i, (y, label) in enumerate((("L", "C++"), ("L_old", "Python"))):
-        draw(axes[1], i, band(runs, "share", y, by="share"), label)
     axes[0].set(xscale="log", xlabel="D, tokens of C++", ylabel="validation loss on C++, nats a byte")
-    axes[1].set(xlabel="share of Python", title=f"{MIDDLE}, {T / M:g} M tokens in all", ylabel="validation loss")
     axes[2].set(xscale="log", xlabel="D, tokens of C++", ylabel="FLOPs saved, %")
-    for panel in axes:
-        panel.legend(frameon=False, fontsize=7)
+    for axis in (axes[0], axes[2]):
+        axis.legend(frameon=False, fontsize=7)
+    panel(axes[1], rows)
     save(figure, home, axes[0], axes[2])
 
 

@@ -78,18 +78,24 @@ def show(home):
     plot(home, muon, report)
 
 
+def panel(axes, rows):
+    """Each size's loss over FLOPs."""
+    for i, size in enumerate(SIZES):
+        draw(axes, i, band(rows, "flops_total", shape=size), size)
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a byte")
+    axes.legend(frameon=False, fontsize=8, title="width x layers")
+
+
 def plot(home, rows, report):
     import numpy as np
 
     import laws
 
     figure, (left, middle, right) = panels(3)
+    panel(left, rows)
     for i, size in enumerate(SIZES):
-        draw(left, i, band(rows, "flops_total", shape=size), size)
         draw(middle, i, band(rows, "seconds", shape=size), size)
-    left.set(xscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a byte")
     middle.set(xscale="log", xlabel="seconds on one thread")
-    left.legend(frameon=False, fontsize=8, title="width x layers")
     flops = np.array([6 * r["N"] * r["D"] for r in rows])
     C = np.geomspace(flops.min(), flops.max(), 40)
     N = np.geomspace(min(r["N"] for r in rows) / 4, max(r["N"] for r in rows) * 4, 400)[:, None]

@@ -98,23 +98,30 @@ def show(home):
     plot(home, muon)
 
 
+def panel(axes, rows):
+    """What G > 1 brings the largest size, at equal FLOPs and at equal seconds."""
+    for i, budget in enumerate(BUDGETS[1:]):
+        for x, style in (("FLOPs", "-"), ("seconds", "--")):
+            curve = [(1, 0, 0, 0)]
+            for G in GRAINS[1:]:
+                d = less_than_one(rows, SIZES[-1], budget, G, "flops_total" if x == "FLOPs" else x)
+                curve += [(G, sum(d) / len(d), min(d), max(d))] if all(v == v for v in d) else []
+            draw(axes, i, curve, f"equal {x}, {budget / M:g} M tokens at G = 1", style)
+    axes.set(xlabel="granularity G", ylabel="L less that of G = 1")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(GRAINS, GRAINS)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def plot(home, rows):
     figure, axes = panels(3)
     for i, G in enumerate(GRAINS):
         draw(axes[0], i, band(rows, "flops_total", shape=name(SIZES[-1], G)), f"G = {G}")
         draw(axes[1], i, band(rows, "seconds", shape=name(SIZES[-1], G)), f"G = {G}")
-    for i, budget in enumerate(BUDGETS[1:]):
-        curve = [(1, 0, 0, 0)]
-        for G in GRAINS[1:]:
-            d = less_than_one(rows, SIZES[-1], budget, G, "flops_total")
-            curve += [(G, sum(d) / len(d), min(d), max(d))] if all(v == v for v in d) else []
-        draw(axes[2], i, curve, f"what G = 1 spends on {budget / M:g} M")
     axes[0].set(xscale="log", xlabel="training FLOPs", ylabel="validation loss, nats a byte", title=f"{SIZES[-1]}, 8x2")
     axes[1].set(xscale="log", xlabel="seconds on one thread")
-    axes[2].set(xlabel="G", ylabel="L less that of G = 1, at equal FLOPs")
-    axes[2].set_xscale("log", base=2)
-    for panel in (axes[0], axes[2]):
-        panel.legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
+    panel(axes[2], rows)
     save(figure, home, *axes[:2])
 
 

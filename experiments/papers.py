@@ -282,6 +282,11 @@ def speed(path, shapes, rounds=15):
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
+def home_of(name):
+    """The folder of a paper's tables and figure."""
+    return pick(Path("out/tiny", name), ROOT / "experiments" / name, ROOT / "experiments" / name / "gpu")
+
+
 def experiment(name, doc, plan, show, before=lambda: None, argv=None):
     """The command line of one of the six: plan(seeds) lists the runs [Run], show(home) prints from the tables in the
     folder `home`, before() is called before the first run."""
@@ -290,8 +295,7 @@ def experiment(name, doc, plan, show, before=lambda: None, argv=None):
     default = Path("out/papers", ladder.SCALE, name)
     parser.add_argument("--out", type=Path, default=default, help="folder of runs (default: %(default)s)")
     args = parser.parse_args(argv)
-    home = pick(Path("out/tiny", name), ROOT / "experiments" / name, ROOT / "experiments" / name / "gpu")
-    share, listed = tuple(map(int, args.share.split("/"))), plan(args.seeds)
+    home, share, listed = home_of(name), tuple(map(int, args.share.split("/"))), plan(args.seeds)
     match args.what:
         case "run":
             before()

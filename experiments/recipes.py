@@ -113,17 +113,22 @@ def show(home):
     plot(home, muon)
 
 
+def panel(axes, rows, D2=D2S[-1]):
+    """Each recipe less copy, after D2 tokens."""
+    arms = [arm for arm in ARMS if arm != "copy"] + ["4 then 8"]
+    for i, arm in enumerate(arms):
+        d = less_copy(rows, arm, D2) if arm in ARMS or D2 == D2S[-1] else [math.nan]
+        axes.plot(d, [i] * len(d), "o", color="C0", ms=4)
+    axes.axvline(0, color="0.5", lw=0.8)
+    axes.set(xlabel="L less that of copy, a dot a seed", title=f"D2 = {D2 / M:g} M tokens")
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+
+
 def plot(home, rows):
     figure, axes = panels(2, sharey=True)
-    arms = [arm for arm in ARMS if arm != "copy"] + ["4 then 8"]
-    for panel, D2 in zip(axes, D2S):
-        for i, arm in enumerate(arms):
-            d = less_copy(rows, arm, D2) if arm in ARMS or D2 == D2S[-1] else [math.nan]
-            panel.plot(d, [i] * len(d), "o", color="C0", ms=4)
-        panel.axvline(0, color="0.5", lw=0.8)
-        panel.set(xlabel="L less that of copy, a dot a seed", title=f"D2 = {D2 / M:g} M tokens")
-    axes[0].set_yticks(range(len(arms)), arms)
-    axes[0].invert_yaxis()
+    for D2, axis in zip(D2S, axes):
+        panel(axis, rows, D2)
     save(figure, home)
 
 

@@ -139,8 +139,20 @@ def show(home):
     plot(home, muon)
 
 
+def panel(axes, rows):
+    """FLOPs saved by each operator, beside the paper's."""
+    for i, (arm, saves) in enumerate(PAPER.items()):
+        saved = speedups(rows, dict(arm=arm))
+        axes.plot(saved, [i] * len(saved), "o", color="C0", ms=4, label="here, a dot a seed" * (i == 0))
+        axes.plot(saves, i, "x", color="C1", label="the paper" * (i == 0))
+    axes.axvline(0, color="0.5", lw=0.8)
+    axes.set(xlabel="FLOPs saved against scratch, %", yticks=range(len(PAPER)), yticklabels=PAPER)
+    axes.set_ylim(len(PAPER) - 0.5, -0.5)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def plot(home, rows):
-    figure, axes = panels(3)
+    figure, axes = panels(4)
     for i, arm in enumerate(("scratch", *PAPER)):
         draw(axes[0], i, band(rows, "flops_total", arm=arm), arm)
         draw(axes[1], i, band(rows, "seconds", arm=arm), arm)
@@ -153,7 +165,8 @@ def plot(home, rows):
         draw(axes[2], i, [(d, statistics.fmean(L), min(L), max(L)) for d, L in losses.items() if L], arm)
     axes[2].set(xscale="log", xlabel="d, tokens of the base", title=f"after {AFTER / M:g} M tokens more")
     axes[2].legend(frameon=False, fontsize=8)
-    save(figure, home, *axes)
+    panel(axes[3], rows)
+    save(figure, home, *axes[:3])
 
 
 if __name__ == "__main__":

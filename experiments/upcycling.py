@@ -102,18 +102,30 @@ def show(home):
     plot(home, muon)
 
 
+def mixtures():
+    """{label: which rows} of the larger size."""
+    shape = f"{SIZES[-1]} 8x2"
+    arms = {f"upcycled at {D1 / M:g} M": dict(arm="upcycled", shape=shape, D1=whole(D1)) for D1 in D1S}
+    return arms | {"8x2 from scratch": dict(arm="scratch", shape=shape)}
+
+
+def panel(axes, rows):
+    """The loss over D2 for each D1, beside the mixture from scratch."""
+    for i, (label, arm) in enumerate(mixtures().items()):
+        draw(axes, i, band(rows, "budget", **arm), label)
+    axes.set(xscale="log", xlabel="D2, tokens as a mixture", ylabel="validation loss, nats a byte", title=SIZES[-1])
+    axes.legend(frameon=False, fontsize=8)
+
+
 def plot(home, rows):
     figure, axes = panels(3)
-    size = SIZES[-1]
-    arms = {f"upcycled at {D1 / M:g} M": dict(arm="upcycled", shape=f"{size} 8x2", D1=whole(D1)) for D1 in D1S}
-    arms |= {"8x2 from scratch": dict(arm="scratch", shape=f"{size} 8x2")}
+    panel(axes[0], rows)
+    arms = mixtures()
     for i, (label, arm) in enumerate(arms.items()):
-        draw(axes[0], i, band(rows, "budget", **arm), label)
         draw(axes[1], i, band(rows, "flops_total", **arm), label)
         draw(axes[2], i, band(rows, "seconds", **arm), label)
-    draw(axes[1], len(arms), band(rows, "flops_total", arm="dense", shape=size), "dense, trained on")
-    draw(axes[2], len(arms), band(rows, "seconds", arm="dense", shape=size), "dense")
-    axes[0].set(xscale="log", xlabel="D2, tokens as a mixture", ylabel="validation loss, nats a byte", title=size)
+    draw(axes[1], len(arms), band(rows, "flops_total", arm="dense", shape=SIZES[-1]), "dense, trained on")
+    draw(axes[2], len(arms), band(rows, "seconds", arm="dense", shape=SIZES[-1]), "dense")
     axes[1].set(xscale="log", xlabel="training FLOPs, the dense part counted")
     axes[2].set(xscale="log", xlabel="seconds on one thread, the dense part counted")
     axes[1].legend(frameon=False, fontsize=8)

@@ -215,22 +215,37 @@ def continued(row):
     return 0.5 + 20 * row["N"] ** -0.3 + 30 * row["D"] ** -0.28 * row["N"] ** -0.05
 
 
-@pytest.mark.parametrize("name, law, says", [
-    ("dense", chinchilla, ("a = 0.5", "near one half each", "of those at hand", "error on the 15 largest")),
-    ("granularity", fine_grained, ("gamma = 0.", "best G in FLOPs", "without g, gamma: more than noise allows")),
-    ("upcycling", upcycled, ("alpha3 = 0.00", "without alpha3: more than noise allows", "D2* by the fits")),
-    ("recipes", upcycled, ("drop less copy", "re-warmed less rate goes on", "AdamW")),
-    ("stacking", chinchilla, ("depth learned", "interposed less stacked", "FLOPs saved")),
-    ("continual", continued, ("gamma = 0.0", "replay", "far less near: -0.00")),
-])  # fmt: skip
-def test_a_committed_table_is_enough_for_the_verdict_and_the_figure(name, law, says, tmp_path, capsys, monkeypatch):
+SAID = {
+    "dense": (chinchilla, ("a = 0.5", "near one half each", "of those at hand", "error on the 15 largest")),
+    "granularity": (fine_grained, ("gamma = 0.", "best G in FLOPs", "without g, gamma: more than noise allows")),
+    "upcycling": (upcycled, ("alpha3 = 0.00", "without alpha3: more than noise allows", "D2* by the fits")),
+    "recipes": (upcycled, ("drop less copy", "re-warmed less rate goes on", "AdamW")),
+    "stacking": (chinchilla, ("depth learned", "interposed less stacked", "FLOPs saved")),
+    "continual": (continued, ("gamma = 0.0", "replay", "far less near: -0.00")),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_committed_table_is_enough_for_the_verdict_and_the_figure(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verdict, "TIMES", 40)
+    law, says = SAID[name]
     invent(name, tmp_path, law)
     importlib.import_module(name).show(tmp_path)
     said = capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 10000
     for text in says:
         assert text in said, said
+
+
+def test_six_panels_from_six_tables(tmp_path, monkeypatch):
+    six = importlib.import_module("six_papers")
+    for name, (law, _) in SAID.items():
+        invent(name, tmp_path / name, law)
+    monkeypatch.setattr(six, "home_of", tmp_path.joinpath)
+    monkeypatch.setattr(six, "PICTURE", tmp_path / "six.png")
+    six.main()
+    assert all(len(axes.lines) > 1 for axes in six.plt.gcf().axes)
+    assert (tmp_path / "six.png").stat().st_size > 50000
 
 
 # ---- from text to table ---------------------------------------------------------------------------------------------
