@@ -191,7 +191,7 @@ def get_parser(commands=""):
 
     add = parser.add_argument_group("rhythm").add_argument
     add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
-    add("--eval-every", type=number, help="steps between evaluations (default: a tenth of the run)")
+    add("--eval-every", type=number, help="steps between evaluations (default: an eighth of the run)")
     add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
     add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
@@ -478,8 +478,8 @@ def horizon(s, config, sizes, flops_per_token, device, world, lineage=()):
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    s.eval_every = s.eval_every or max(1, steps // 10)
-    s.save_every = s.save_every or max(1, steps // 10)
+    s.eval_every = s.eval_every or max(1, math.ceil(steps / 8))  # rounded up: not once more just before the end
+    s.save_every = s.save_every or max(1, math.ceil(steps / 10))
     if steps and steps < (s.mask_steps or 0):
         raise ValueError(f"--mask-steps {s.mask_steps} is beyond the run's {steps} steps (it would never be open)")
     snapshots = {round(t / s.batch_tokens) for t in s.save_at}
