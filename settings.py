@@ -266,7 +266,8 @@ def inherit(kind, args, given, stored):
         for name in names:
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
-            if way == "parent" and name in given and (kind == "branch" or given[name] != before):
+            settled = given.get(name) in (before, "auto")  # what auto was, the run knows
+            if way == "parent" and name in given and (kind == "branch" or not settled):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
                 raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
             if way == "folder" and name in given and name not in upcycling:
