@@ -126,7 +126,7 @@ def test_a_resume_keeps_everything_but_machine_and_rhythm(here):
             assert getattr(s, name) == value, name
     assert (s.log_every, s.micro_batch, s.device, s.save_at, s.out) == (1, 4, "cpu", [768], "trunk/step-3")
     assert settle("--resume", "--out", "trunk", "--lr", OWN["lr"]).settings.lr == OWN["lr"]  # the same again is fine
-    auto = settle("--resume", "--out", "trunk", "--lr", "auto", "--dtype", "auto").settings  # as a job's script says again
+    auto = settle("--resume", "--out", "trunk", "--lr", "auto", "--dtype", "auto").settings
     assert (auto.lr, auto.dtype) == (OWN["lr"], settle("--resume", "--out", "trunk").settings.dtype)
     with pytest.raises(ValueError, match="--lr auto cannot be given"):
         settle("--branch", "trunk/step-3", "--lr", "auto")
