@@ -31,7 +31,8 @@ from ladder import ROOT, SETTING, STEP, M, append, pick, read_rows, train
 EVALUATED = pick(4096, 65536, 1048576)  # tokens of each validation text
 PYTHON = pick(f"python={ROOT}/*.py", "python", "python=packages")
 CPP = pick(f"cpp={ROOT}/tests/*.py", "cpp", "cpp")
-FIRST_RATE, RATES = {"muon": 0.012, "adamw": 0.006}, pick(1, 6, 6)  # a sweep's first rate; how many it tries at most
+FIRST_RATE = {"muon": (0.012, 0.003), "adamw": (0.006, 0.012)}  # that a sweep tries: for a new model, for a trained one
+RATES = pick(1, 6, 6)  # how many it tries at most
 SWEEP = pick(4 * STEP, M, 16 * M)  # tokens of a run in it, at most
 
 
@@ -186,7 +187,7 @@ def tuned(run, plan, home, out, share, patience=7200):
     first = next(other for other in plan.values() if other.rate == run.rate)
     owner, table, waited = divide(plan, share[1])[first.trunk], home / "rates.csv", 0
     optimizer, seed = (run.flags[run.flags.index(name) + 1] for name in ("--optimizer", "--seed"))
-    while (lr := next_rate(swept(table, run.rate), FIRST_RATE[optimizer])) is not None:
+    while (lr := next_rate(swept(table, run.rate), FIRST_RATE[optimizer][bool(run.parent)])) is not None:
         if owner == share[0]:
             row = {"rate": run.rate, "tokens": sweep_tokens(first, plan), "lr": f"{lr:g}", "seed": seed}
             ladder.grid(table, out / "rates", [row], lambda row: flags_of(run, out, row["lr"], row["tokens"]))
