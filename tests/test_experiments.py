@@ -292,6 +292,6 @@ def test_a_plan_is_trained_from_text_to_table_and_not_twice(tmp_path):
     assert rows[1]["spent"] == "16x1:1024+16x1 4x2:3072+16x1 4x2:1024"
     assert float(rows[0]["L"]) != float(rows[1]["L"]) and rows[0]["L_start"] == rows[1]["L_start"]
     assert max(float(r["L"]) for r in rows) < float(rows[0]["L_start"])
-    assert rows[0]["lr"] == rows[1]["lr"] == "0.012" and rows[0]["E"] == "4.0" and rows[0]["seed"] == "1"
+    assert rows[0]["lr"] == rows[1]["lr"] == "0.003" and rows[0]["E"] == "4.0" and rows[0]["seed"] == "1"
     invent("upcycling", tmp_path / "invented", upcycled)
     assert {*rows[0]} == {*next(csv.DictReader(open(tmp_path / "invented/runs.csv")))} | {"corpus"}

@@ -1,4 +1,4 @@
-"""laws.py and fitting.py: the papers' numbers, the fitter on data with known answers, and bad input."""
+"""laws.py, fitting.py and descent.py: the papers' numbers, the fitter on data with known answers, and bad input."""
 
 import csv
 import importlib
