@@ -1,6 +1,15 @@
 """The lowest point of a fit: a sum of power laws, its gradient, and a descent from many starts side by side.
 
-fitting.py turns a law and a table of n runs into arrays. For Chinchilla's law, L = E + A N^-alpha + B D^-beta:
+A law of training is a sum of power laws, for example Chinchilla's
+
+    L(N, D) = E + A N^-alpha + B D^-beta
+
+A form says so: a function of the runs' columns that lists its terms. A term is a prefactor and {exponent: the factor
+that it multiplies}. For the logarithm of each term is linear in them: ln(A N^-alpha) = ln A + alpha (-ln N).
+
+    [("E", {}), ("A", {"alpha": -log(N)}), ("B", {"beta": -log(D)})]
+
+Prediction, gradient and fit follow from this list alone. `design` makes arrays of it, for n runs:
 
     theta = (ln E, ln A, ln B, alpha, beta)            P = 5 coefficients; of the prefactors the logarithms
     y (n)                                              ln of the measured losses
@@ -10,14 +19,13 @@ fitting.py turns a law and a table of n runs into arrays. For Chinchilla's law, 
     A N^-alpha   X[1] = [0, 1, 0, -ln N, 0]            ln A + alpha (-ln N), with the run's N
     B D^-beta    X[2] = [0, 0, 1, 0, -ln D]
 
-So the logarithm of every term is linear in theta, whatever the law is. The fit is that of Hoffmann et al. 2022,
-Appendix D.2:
+The fit is that of Hoffmann et al. 2022, Appendix D.2:
 
     minimise f = sum over runs of Huber(r),   r = ln(predicted L) - ln L
 
-f has valleys, so many starts are tried: 5 E x 6 A x 6 B x 5 alpha x 5 beta = 4,500. The best 300 take 5 steps downhill,
-the best 60 of these 10 more, the best 10 of these 60 more. The last 4 are polished. f is a sum, not a mean. A mean is
-so small that optimisers stop early, as in the published fit of Chinchilla (Besiroglu et al. 2024).
+f has several valleys, so many starts are tried: 5 E x 6 A x 6 B x 5 alpha x 5 beta = 4,500. The best 300 take 5 steps
+downhill, the best 60 of these 10 more, the best 10 of these 60 more. The best 4 are polished. f is a sum, not a mean. A
+mean is so small that optimisers stop early, as in the published fit of Chinchilla (Besiroglu et al. 2024).
 
 By hand: E = 1, A = B = 100, alpha = beta = 0.5, and a run with N = D = 10^4. Each power law gives 100 / sqrt(10^4) = 1,
 so L = 1 + 1 + 1 = 3. Each term is a third of L, so A + 3 % gives L + 1 %. In general d ln L / d ln A is the term's
@@ -25,15 +33,17 @@ share of L, and d ln L / d alpha is this share times its factor -ln N, here -9.2
 Then r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005). Its slope, the force on the
 fit, is at most 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
 
-Try, with the eighteen runs of the first exercise in fitting.py, and `laws.py fit chinchilla`:
-1. Make the loss of N = 1.6e9, D = 20 N 1.5 times as high. How far does E move? Then set HUBER = 10, which makes least
-   squares of the fit. (1.816, hardly. Then 0: all coefficients bend to that one run.)
-2. Descend 75 steps from the best 300 starts of the grid and count those whose f comes below 1e-6. Then from any 300.
-   (204; 118. The others end in other valleys.)
-3. Damp all coefficients alike: `damping[:, None] * diagonal.mean(1, keepdims=True)`. Count again, of the best 300. (123
-   in place of 204: alpha needs small steps, and ln A is then held to them, too.)
+Try, with a table of eighteen runs: N = 1e8, 2e8, 4e8 ... 2.56e10, each with D = 20 N and with D = 100 N, and L from
+`laws.py predict chinchilla --json`. `laws.py fit chinchilla` finds the law again.
+1. Make the loss of N = 1.6e9, D = 20 N 1.5 times as high. How far does E move? Set HUBER = 10, which makes least
+   squares of the fit, and try again. (From 1.817 to 1.816; to 0: all coefficients bend to that one run.)
+2. Descend 75 steps from the best 300 starts of the grid, and count those whose f comes below 1e-6. Then from 300 random
+   ones. (204; about 120. The others end in other valleys.)
+3. In `damp` damp all coefficients alike, `damping[:, None] * diagonal.mean(1, keepdims=True)`, and count again. (123 in
+   place of 204: alpha needs small steps, and ln A is then held to them, too.)
 """
 
+import inspect
 import math
 
 import numpy as np
@@ -41,7 +51,32 @@ from numpy import log
 from scipy.optimize import least_squares
 
 HUBER = 1e-3  # delta, on the log loss
-FAR = 600  # no ln of a prefactor, and no exponent times its factor, goes further from 0: exp stays a number
+FAR = 600  # ln of a prefactor, or an exponent times its factor: a term that has died feels no force, and could run off
+
+
+def columns(form):
+    """The columns of the run table that a law reads: the names of its arguments."""
+    return list(inspect.signature(form).parameters)
+
+
+def evaluate(form, coefficients, **at):
+    """The law's value (nats a token; tokens for `stacking`) at columns `at`, numbers or arrays of one shape."""
+    terms = form(**{name: np.asarray(at[name], float) for name in columns(form)})
+    value = {"": 1.0, **coefficients}  # "": a term without prefactor
+    with np.errstate(divide="ignore", over="ignore"):  # a prefactor of 0: ln 0 = -inf, and the term is 0
+        return sum(np.exp(log(value[p]) + sum(value[e] * f for e, f in powers.items())) for p, powers in terms)
+
+
+def design(form, table):
+    """names (P), which of them are prefactors (P), and X (K, P, n): what each coefficient is multiplied by."""
+    terms, n = form(**{c: table[c] for c in columns(form)}), len(table[columns(form)[0]])
+    prefactors = [p for p, _ in terms if p]
+    names = list(dict.fromkeys(prefactors + [e for _, powers in terms for e in powers]))
+    X = np.zeros((len(terms), len(names), n))
+    for k, (prefactor, powers) in enumerate(terms):
+        for name, factor in (({prefactor: 1.0} if prefactor else {}) | powers).items():
+            X[k, names.index(name)] = factor
+    return names, np.isin(names, prefactors), X
 
 
 def huber(r):
@@ -50,8 +85,14 @@ def huber(r):
     return np.where(a <= HUBER, 0.5 * r**2, HUBER * (a - 0.5 * HUBER))
 
 
+def pull(r):
+    """h, so that h r is the slope of Huber's loss: 1 near 0, delta / |r| beyond."""
+    return np.minimum(1, HUBER / np.maximum(np.abs(r), 1e-300))
+
+
 def residuals(theta, X, y):
-    """r = ln predicted - y (S, n), and each term's share (K, S, n) of the prediction: d r / d theta = shares @ X."""
+    """For S fits at once, theta (S, P): r = ln predicted - y (S, n), and each term's share (K, S, n) of the prediction.
+    d r / d theta_p is the sum of share[k] X[k, p] over the terms k."""
     Z = theta @ X  # (K, S, n): ln of each term
     top = Z.max(0)  # the largest is taken out before exp, which would overflow at a far start
     Z = np.exp(Z - top)
@@ -63,20 +104,21 @@ def descend(X, y, theta, free, steps, weights=1.0):
     """Levenberg-Marquardt for S fits at once: theta (S, P) -> theta, objective f (S). weights: (S, n) or 1. free (P):
     other coefficients keep the theta they have.
 
-    Each step solves (H + damping) d = -g, with H and g of the weighted squares h r^2 / 2. The weight h = delta / |r| of
-    an outlier makes the force h r of its square the Huber force. A step that does not lower f is not taken, and damped
-    more. The damping is a multiple of H's own diagonal (Marquardt 1963), so each coefficient has a step of its own
-    size: 1 more in alpha changes far more than 1 more in ln A.
+    Each step d solves (H + damping) d = -g. With h r, the force of Huber's loss, g = J^T h r is the gradient of f, and
+    H = J^T h J how fast it changes. A step that does not lower f is not taken, and damped more. The damping is a
+    multiple of H's own diagonal (Marquardt 1963), so each coefficient has a step of its own size: 1 more in alpha
+    changes far more than 1 more in ln A.
     """
     damping, reach = np.full(len(theta), 1e-2), np.abs(X).max((0, 2))
     r, share = residuals(theta, X, y)
     f = (weights * huber(r)).sum(1)
     for _ in range(steps):
         J = np.einsum("ksn,kpn->spn", share, X[:, free])  # d r / d theta
-        h = weights * np.minimum(1, HUBER / np.maximum(np.abs(r), 1e-300))
+        h = weights * pull(r)
         H, g = (J * h[:, None]) @ J.transpose(0, 2, 1), (J * h[:, None]) @ r[:, :, None]
         diagonal = np.einsum("spp->sp", H)
-        damp = damping[:, None] * diagonal + 1e-10 * diagonal.max(1, keepdims=True) + 1e-300
+        damp = damping[:, None] * diagonal
+        damp += 1e-10 * diagonal.max(1, keepdims=True) + 1e-300  # for a coefficient that changes nothing: diagonal 0
         trial = theta.copy()
         trial[:, free] -= np.linalg.solve(H + damp[:, :, None] * np.eye(free.sum()), g)[:, :, 0]
         r2, share2 = residuals(trial, X, y)
@@ -100,7 +142,7 @@ def polish(X, y, theta, free):
         share = residuals(at(values), X, y)[1][:, 0]  # (K, n)
         return np.einsum("kn,kpn->np", share, X[:, free])
 
-    with np.errstate(all="ignore"):  # of SciPy, for a coefficient that changes no prediction
+    with np.errstate(all="ignore"):  # SciPy warns of a coefficient that changes nothing
         found = least_squares(lambda values: residuals(at(values), X, y)[0][0], theta[free], jacobian, x_scale="jac",
                               loss="huber", f_scale=HUBER, xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=200)
     near = (np.abs(found.x) * np.abs(X[:, free]).max((0, 2))).max() < FAR
@@ -110,7 +152,7 @@ def polish(X, y, theta, free):
 
 def hoffmann_grid(prefactor, E, X, size=4500):
     """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents lie in 0 .. 2, with the sign that
-    makes the term fall; in 0 .. 40 / factor, if the mean factor is above 20 (ln N from N = 5e8 on, a product of two
+    makes the term fall; in 0 .. 40 / the mean factor, if that is above 20 (ln N from N = 5e8 on, a product of two
     logarithms far more). A random `size` of the grid's points if it has more."""
     axes = []
     for j in range(len(prefactor)):

@@ -51,7 +51,7 @@ import numpy as np
 from numpy import log
 
 import fitting
-from fitting import columns, evaluate
+from descent import HUBER, columns, evaluate
 from tables import DAMAGE, Commands, chosen, column, named, number, read_csv, show, whole
 
 SIZES = 1.0, 1e40  # where plan.py looks for the best N
@@ -401,7 +401,7 @@ def run_fit(args):
         [name, value, report["intervals"].get(name, ""),
          "fixed" if name in fixed else "not determined" if name in why else ""]
         for name, value in report["coefficients"].items()])
-    print(f"\nobjective {report['objective']:.11f} (sum of Huber, delta {fitting.HUBER:g}, on the log loss)")
+    print(f"\nobjective {report['objective']:.11f} (sum of Huber, delta {HUBER:g}, on the log loss)")
     without = f"without {', '.join(plain['without'])}" if plain else ""
     for name, held in (("", report["held_out"]), (f"{without}: ", plain.get("held_out"))):
         if held:

@@ -53,7 +53,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 import laws
-from fitting import columns, evaluate
+from descent import columns, evaluate
 from laws import active, band, outside, predict, published, row
 from tables import DAMAGE, Commands, number, show
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+import descent  # noqa: E402
 import fitting  # noqa: E402
 import laws  # noqa: E402
 
@@ -33,8 +34,8 @@ import laws  # noqa: E402
 def objective(table, c):
     """Sum of Huber on the log loss of E, A, B, alpha, beta: the judge of both."""
     names = ("E", "A", "B", "alpha", "beta")
-    r = np.log(fitting.evaluate(laws.chinchilla, {n: float(c[n]) for n in names}, **table)) - np.log(table["L"])
-    return fitting.huber(r).sum()
+    r = np.log(descent.evaluate(laws.chinchilla, {n: float(c[n]) for n in names}, **table)) - np.log(table["L"])
+    return descent.huber(r).sum()
 
 
 def theirs(table, folder):
@@ -53,7 +54,7 @@ def theirs(table, folder):
         "alpha": [0, 0.5, 1, 1.5, 2],
         "beta": [0, 0.5, 1, 1.5, 2],
     }
-    loss_fn = functools.partial(log_huber, delta=fitting.HUBER)
+    loss_fn = functools.partial(log_huber, delta=descent.HUBER)
     fitter = Chinchilla(folder, param_grid=grid, loss_fn=loss_fn, log_level=40)
     fitter.visualizer.optim = lambda *_, **__: None  # its plot is not part of the fit
     start = time.perf_counter()

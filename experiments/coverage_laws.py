@@ -6,7 +6,7 @@ if the intervals are right. Rows whose paper freezes coefficients in a second st
 
     nice python experiments/coverage_laws.py --seeds 1000-1099 > experiments/coverage_laws.csv    # half an hour, 1 core
 
-The two corrections in fitting.py were chosen on seeds 0 to 99; the stored result's seeds were not looked at before.
+The corrections in uncertainty.py were chosen on seeds 0 to 99; the stored result's seeds were not looked at before.
 Columns: how many draws cover the truth, in how many the fitter names the coefficient as not determined, and in how many
 it does neither. A coefficient that is named most of the time is one that 60 such runs do not determine.
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import fitting  # noqa: E402
+import descent  # noqa: E402
 import laws  # noqa: E402
 
 RUNS, NOISE, RESAMPLES = 60, 0.01, 400
@@ -34,7 +34,7 @@ UNKNOWN = {"C": (1e20, 1e22), "N_active": (1e8, 4e9), "D": (2e9, 2e11)}  # where
 def places(rng, form, fitted, n):
     """n places inside the range of the paper's runs, spread evenly on log axes; G is a power of two."""
     table = {}
-    for name in fitting.columns(form):
+    for name in descent.columns(form):
         low, high = (UNKNOWN | fitted)[name]
         table[name] = 2.0 ** rng.integers(0, 5, n) if name == "G" else np.exp(rng.uniform(*np.log([low, high]), n))
     return table
@@ -45,7 +45,7 @@ def one_draw(job):
     law, set, frozen, seed = job
     the, rng = laws.row(law, set), np.random.default_rng(seed)
     table = places(rng, the.form, the.fitted, RUNS)
-    truth = fitting.evaluate(the.form, the.coefficients, **table)
+    truth = descent.evaluate(the.form, the.coefficients, **table)
     table[the.target] = truth * np.exp(NOISE * rng.standard_normal(RUNS))
     report = laws.fit(law, table, set, {name: the.coefficients[name] for name in frozen}, RESAMPLES, seed=seed)
     result = {}
@@ -55,7 +55,7 @@ def one_draw(job):
     for i in range(5):
         at = {name: values[i] for name, values in spots.items()}
         low, high = laws.band(report, lambda model, at=at: laws.predict(model, **at))
-        covered = low <= fitting.evaluate(the.form, the.coefficients, **at) <= high
+        covered = low <= descent.evaluate(the.form, the.coefficients, **at) <= high
         result[f"{the.target} at place {i + 1}"] = (covered, False, low, high)
     return result
 

@@ -17,7 +17,7 @@ snapshots at D1 = 0.375, 1.5 and 5 M bytes of Python. From each a mixture is tra
 trunk with branches, new optimizer, new warmup, the text goes on. Beside it the dense model trained on (budgets to 8 M)
 and the mixture from scratch (to 3 M). Rates: one sweep for each arm and size, the upcycled one from the smallest D1.
 alpha3 is fitted three ways: E taken over from the mixture from scratch, as in the paper; E free; and each size alone,
-without B N^-beta. "Noise explains it away" is the F test of fitting.py. Under AdamW: one size at the first seed.
+without B N^-beta. "Noise explains it away" is the F test of uncertainty.py. Under AdamW: one size at the first seed.
 """
 
 from ladder import M, cell, pick

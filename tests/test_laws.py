@@ -1,4 +1,4 @@
-"""laws.py, fitting.py and descent.py: the papers' numbers, the fitter on data with known answers, and bad input."""
+"""laws.py and how it fits: the papers' numbers, the fitter on data with known answers, and bad input."""
 
 import csv
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import descent
 import fitting
 import laws
 
@@ -53,11 +54,11 @@ def synthetic(law, set=None, n=60, noise=0.01, seed=0, coefficients=None):
     """A run table drawn from a law inside the range of its paper."""
     the, rng = laws.row(law, set), np.random.default_rng(seed)
     fitted = {"C": (1e20, 1e22), "N_active": (1e8, 4e9), "D": (2e9, 2e11)} | the.fitted  # where the paper says nothing
-    ranges = {c: fitted.get(c, (1e8, 1e10)) for c in fitting.columns(the.form)}  # a law of your own may say nothing
+    ranges = {c: fitted.get(c, (1e8, 1e10)) for c in descent.columns(the.form)}  # a law of your own may say nothing
     table = {c: np.exp(rng.uniform(*np.log(ends), n)) for c, ends in ranges.items()}
     if "G" in table:
         table["G"] = 2.0 ** rng.integers(0, 5, n)
-    exact = fitting.evaluate(the.form, coefficients or the.coefficients, **table)
+    exact = descent.evaluate(the.form, coefficients or the.coefficients, **table)
     return {**table, the.target: exact * np.exp(noise * rng.standard_normal(n))}
 
 
@@ -119,13 +120,13 @@ EVERY = [(law, set) for law, rows in laws.LAWS.items() for set, the in rows.item
 def test_gradient_is_that_of_the_law(law, set):
     """d ln L / d theta from the terms' shares equals a central difference."""
     the, table = laws.row(law, set), synthetic(law, set, 7)
-    names, prefactor, X = fitting.design(the.form, table)
+    names, prefactor, X = descent.design(the.form, table)
     theta = np.array([math.log(the.coefficients[n]) if p else the.coefficients[n] for n, p in zip(names, prefactor)])
     y = np.log(table[the.target])
-    share = fitting.residuals(theta[None], X, y)[1][:, 0]
+    share = descent.residuals(theta[None], X, y)[1][:, 0]
     for j in range(len(names)):
         step = 1e-6 * np.eye(len(names))[j]
-        up, down = (fitting.residuals((theta + s)[None], X, y)[0][0] for s in (step, -step))
+        up, down = (descent.residuals((theta + s)[None], X, y)[0][0] for s in (step, -step))
         assert np.einsum("kn,kn->n", share, X[:, j]) == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-6)
 
 
@@ -134,7 +135,7 @@ def test_fit_of_exact_data_predicts_it_and_finds_its_law(law, set):
     the = laws.row(law, set)
     table = synthetic(law, set, 80, noise=0)
     report = laws.fit(law, table, set)
-    assert fitting.evaluate(the.form, report["coefficients"], **table) == pytest.approx(table[the.target], rel=2e-4)
+    assert descent.evaluate(the.form, report["coefficients"], **table) == pytest.approx(table[the.target], rel=2e-4)
     assert report["objective"] < 1e-7 and report["runs"] == 80
     if law in ("chinchilla", "stacking"):
         assert report["coefficients"] == pytest.approx(the.coefficients, rel=0.02)
@@ -159,11 +160,11 @@ def test_no_start_near_the_optimum_is_needed():
         ("continual", "continual"),
     ):
         the, table = laws.row(law, set), synthetic(law, set, seed=3)
-        names, prefactor, X = fitting.design(the.form, table)
+        names, prefactor, X = descent.design(the.form, table)
         truth = np.array(
             [math.log(the.coefficients[n]) if p else the.coefficients[n] for n, p in zip(names, prefactor)]
         )
-        near = fitting.polish(X, np.log(table[the.target]), truth, np.full(len(names), True))[1]
+        near = descent.polish(X, np.log(table[the.target]), truth, np.full(len(names), True))[1]
         assert fitting.solve(the.form, table).f <= near * (1 + 1e-6), (law, set)
 
 
@@ -206,7 +207,7 @@ def test_coefficients_that_no_run_speaks_of_are_named():
 def remade(law, set, table, noise=0.003):
     """The table with the losses that the law gives after its columns were changed."""
     the, rng = laws.row(law, set), np.random.default_rng(7)
-    exact = fitting.evaluate(the.form, the.coefficients, **table)
+    exact = descent.evaluate(the.form, the.coefficients, **table)
     return table | {the.target: exact * np.exp(noise * rng.standard_normal(len(exact)))}
 
 
@@ -259,6 +260,17 @@ def test_coefficients_of_tied_columns_are_named(law, set, a, b, power, names):
 @pytest.mark.parametrize("law, set", EVERY)
 def test_no_coefficient_is_named_if_the_runs_determine_all(law, set, seed):
     assert laws.fit(law, synthetic(law, set, noise=1e-5, seed=seed), set)["undetermined"] == []
+
+
+def test_a_term_that_the_best_fit_does_without_is_named():
+    N = np.tile(1e8 * 2.0 ** np.arange(9), 2)
+    table = {"N": N, "D": 20 * N * np.exp(0.05 * np.random.default_rng(2).standard_normal(18))}
+    noise = np.exp(0.01 * np.random.default_rng(1).standard_normal(18))
+    table["L"] = descent.evaluate(laws.chinchilla, laws.row("chinchilla").coefficients, **table) * noise
+    report = laws.fit("chinchilla", table)
+    at = report["coefficients"]
+    assert at["B"] * N.min() ** -at["beta"] < 1e-6 < at["A"] * N.max() ** -at["alpha"]
+    assert report["undetermined"] == ["B", "beta"] and "its term is nothing" in report["why"]["B"]
 
 
 def test_equal_losses_determine_nothing():
@@ -343,17 +355,17 @@ def test_a_law_with_a_column_and_a_budget_of_its_own_is_one_function_and_one_row
     rng = np.random.default_rng(0)
     table = {c: np.exp(rng.uniform(*np.log(e), 60)) for c, e in zip(("N", "D", "vocabulary"), ((1e8, 1e10), (1e9, 1e11),
                                                                                             (256, 1e5)))}  # fmt: skip
-    table["L"] = fitting.evaluate(wide, truth, **table)
+    table["L"] = descent.evaluate(wide, truth, **table)
     path = write_table(tmp_path / "runs.csv", table)
     (tmp_path / "fit.json").write_text(json.dumps(said(capsys, "fit", "wide", path, "--bootstrap", "20", "--json")))
     own = ["--fit", tmp_path / "fit.json", "--json"]
     at = {"N": 1e9, "D": 2e10, "vocabulary": 32000}
     answer = said(capsys, "predict", "wide", "--N", 1e9, "--D", 2e10, "--vocabulary", 32000, *own)
-    assert answer["L"] == pytest.approx(float(fitting.evaluate(wide, truth, **at)), rel=1e-4)
+    assert answer["L"] == pytest.approx(float(descent.evaluate(wide, truth, **at)), rel=1e-4)
     best = said(capsys, "optimal", "wide", "--flops", 1e20, "--vocabulary", 32000, *own)
     for bump in (0.9, 1.1):
         N = best["N"] * bump
-        other = fitting.evaluate(wide, truth, N=N, D=1e20 / (6 * (N + 3.2e7)), vocabulary=32000)
+        other = descent.evaluate(wide, truth, N=N, D=1e20 / (6 * (N + 3.2e7)), vocabulary=32000)
         assert best["L"] < other and best["vocabulary"] == 32000
 
 
