@@ -76,6 +76,8 @@ def solve(form, table, target="L", fixed=None, starts=None, also=None):
     y, n = log(table[target]), X.shape[2]
     fixed = fixed or {}
     free = np.array([name not in fixed for name in names])
+    if not free.any():
+        raise ValueError("every coefficient is fixed (free one)")
     if n <= free.sum():
         fitted = ", ".join(np.array(names)[free])
         raise ValueError(f"{n} runs for the {free.sum()} coefficients {fitted} (give at least {free.sum() + 1} runs)")

@@ -273,6 +273,11 @@ def test_a_term_that_the_best_fit_does_without_is_named():
     assert report["undetermined"] == ["B", "beta"] and "its term is nothing" in report["why"]["B"]
 
 
+def test_a_fit_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="every coefficient is fixed"):
+        laws.fit("chinchilla", synthetic("chinchilla"), fixed=laws.row("chinchilla").coefficients)
+
+
 def test_equal_losses_determine_nothing():
     report = laws.fit("chinchilla", synthetic("chinchilla") | {"L": np.full(60, 3.0)})
     assert {*report["undetermined"]} == {"E", "A", "B", "alpha", "beta"}
