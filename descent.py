@@ -5,7 +5,7 @@ A law of training is a sum of power laws, for example Chinchilla's
     L(N, D) = E + A N^-alpha + B D^-beta
 
 A form says so: a function of the runs' columns that lists its terms. A term is a prefactor and {exponent: the factor
-that it multiplies}. For the logarithm of each term is linear in them: ln(A N^-alpha) = ln A + alpha (-ln N).
+that it multiplies}. The logarithm of a term is linear in ln A and alpha: ln(A N^-alpha) = ln A + alpha (-ln N).
 
     [("E", {}), ("A", {"alpha": -log(N)}), ("B", {"beta": -log(D)})]
 
@@ -33,13 +33,14 @@ share of L, and d ln L / d alpha is this share times its factor -ln N, here -9.2
 Then r = ln(3 / 3.3) = -0.095, far beyond delta = 0.001. Huber(r) = 0.001 (0.095 - 0.0005). Its slope, the force on the
 fit, is at most 0.001. A run that is off by 0.1 % pulls as hard: no single bad run bends the fit.
 
-Try, with a table of eighteen runs: N = 1e8, 2e8, 4e8 ... 2.56e10, each with D = 20 N and with D = 100 N, and L from
-`laws.py predict chinchilla --json`. `laws.py fit chinchilla` finds the law again.
+Try, with a table of eighteen runs: N = 1e8, 2e8, 4e8 ... 2.56e10 with D = 20 N, then the same N with D = 100 N, and L
+from `laws.py predict chinchilla --json`. `laws.py fit chinchilla` finds the law again.
 1. Make the loss of N = 1.6e9, D = 20 N 1.5 times as high. How far does E move? Set HUBER = 10, which makes least
-   squares of the fit, and try again. (From 1.817 to 1.816; to 0: all coefficients bend to that one run.)
-2. Descend 75 steps from the best 300 starts of the grid, and count those whose f comes below 1e-6. Then from 300 random
-   ones. (204; about 120. The others end in other valleys.)
-3. In `damp` damp all coefficients alike, `damping[:, None] * diagonal.mean(1, keepdims=True)`, and count again. (123 in
+   squares of the fit, and try again. (With Huber's loss from 1.817 to 1.816. With least squares to 0: all coefficients
+   bend to that one run.)
+2. Descend 75 steps from the best 300 points of the grid, and count the fits with f below 1e-6. Then from 300 random
+   points of it. (204; about 120. The others are in other valleys, or still on the way.)
+3. Damp all coefficients alike, `damp = damping[:, None] * diagonal.mean(1, keepdims=True)`, and count again. (123 in
    place of 204: alpha needs small steps, and ln A is then held to them, too.)
 """
 
@@ -50,7 +51,7 @@ import numpy as np
 from numpy import log
 from scipy.optimize import least_squares
 
-HUBER = 1e-3  # delta, on the log loss
+HUBER = 1e-3  # delta, on the log loss. Another loss: `huber`, `reweight`, `loss` in `polish`; psi in `allowance`
 FAR = 600  # ln of a prefactor, or an exponent times its factor: a term that has died feels no force, and could run off
 
 
@@ -85,8 +86,8 @@ def huber(r):
     return np.where(a <= HUBER, 0.5 * r**2, HUBER * (a - 0.5 * HUBER))
 
 
-def pull(r):
-    """h, so that h r is the slope of Huber's loss: 1 near 0, delta / |r| beyond."""
+def reweight(r):
+    """The weight h with which h r is the slope of Huber's loss: 1 near 0, delta / |r| beyond."""
     return np.minimum(1, HUBER / np.maximum(np.abs(r), 1e-300))
 
 
@@ -104,17 +105,18 @@ def descend(X, y, theta, free, steps, weights=1.0):
     """Levenberg-Marquardt for S fits at once: theta (S, P) -> theta, objective f (S). weights: (S, n) or 1. free (P):
     other coefficients keep the theta they have.
 
-    Each step d solves (H + damping) d = -g. With h r, the force of Huber's loss, g = J^T h r is the gradient of f, and
-    H = J^T h J how fast it changes. A step that does not lower f is not taken, and damped more. The damping is a
-    multiple of H's own diagonal (Marquardt 1963), so each coefficient has a step of its own size: 1 more in alpha
-    changes far more than 1 more in ln A.
+    Each step d solves (H + damping) d = -g, where J = d r / d theta, and g = J^T h r is the gradient of f. H = J^T h J
+    is the curvature of least squares in which each run has the weight h. (Huber's own is 0 beyond delta, and would
+    give no step.) A step that does not lower f is not taken, and damped more. The damping is a multiple of H's own
+    diagonal (Marquardt 1963), so each coefficient has a step of its own size: 1 more in alpha changes far more than 1
+    more in ln A.
     """
     damping, reach = np.full(len(theta), 1e-2), np.abs(X).max((0, 2))
     r, share = residuals(theta, X, y)
     f = (weights * huber(r)).sum(1)
     for _ in range(steps):
         J = np.einsum("ksn,kpn->spn", share, X[:, free])  # d r / d theta
-        h = weights * pull(r)
+        h = weights * reweight(r)
         H, g = (J * h[:, None]) @ J.transpose(0, 2, 1), (J * h[:, None]) @ r[:, :, None]
         diagonal = np.einsum("spp->sp", H)
         damp = damping[:, None] * diagonal

@@ -23,8 +23,8 @@ Left out: weights for runs (`descend` has them, for the bootstrap), a likelihood
 
 Try:
 1. Fit chinchilla to nine runs on one line: those with D = 20 N of the table in descent.py. (E is 1.817, the truth. A
-   may be anything: 1145 in place of 482. All but E are listed as undetermined: both terms are powers of N, and no fit
-   can tell them apart.)
+   may be anything: 1145 in place of 482. All but E are listed as undetermined: both terms are powers of N, with
+   exponents so alike that almost any share of either fits.)
 2. Multiply the losses of all eighteen by exp(0.01 z), z = numpy.random.default_rng(1).standard_normal(18), and fit them
    with `--bootstrap 1000`. What do they determine? (E 1.821, 1.57 to 1.91; alpha 0.385, 0.17 to 0.53; beta 0.333, 0.19
    to 0.51; the truth is in all. A and B are open: 886 and 1116, where 482 and 2085 are true.)
@@ -41,7 +41,7 @@ from numpy import log
 from descent import columns, descend, design, hoffmann_grid, polish, residuals, search
 from uncertainty import allowance, intervals_of, undetermined
 
-NOTHING = -500.0  # ln of a prefactor that is 0, near enough
+NOTHING = -500.0  # ln of a prefactor that is 0, near enough (and not as far as FAR)
 
 
 class Best(NamedTuple):
@@ -69,8 +69,8 @@ def solve(form, table, target="L", fixed=None, starts=None, also=None):
     """The best fit, and the floors that noise leaves possible. ValueError for too few runs, or outside of the domain.
     starts (S, P): in the place of the grid; also (P): one start more.
 
-    The floor is held at 51 values, from 0 to almost the lowest loss, and the rest is refitted at each. Those that cost
-    less than the allowance are possible.
+    The floor is held at 51 values, from 0 to almost the lowest loss, and the rest is refitted at each. Those whose f
+    exceeds the best by no more than the allowance are possible.
     """
     names, prefactor, X = design(form, table)
     y, n = log(table[target]), X.shape[2]
@@ -91,15 +91,15 @@ def solve(form, table, target="L", fixed=None, starts=None, also=None):
         j = names.index(name)
         starts[:, j] = value if not prefactor[j] else log(value) if value else NOTHING
     theta, f = search(X, y, starts, free)
-    slid, cost = theta[None], np.array([np.inf])
+    slid, lowest = theta[None], np.array([np.inf])
     if E is not None:
         slid = np.tile(theta, (51, 1))
         slid[:, E] = log(np.append(1e-9, np.linspace(0.01, 0.99, 50))) + y.min()  # 1e-9 for 0, which has no logarithm
-        slid, cost = descend(X, y, slid, free & (np.arange(len(names)) != E), 60)
-        if cost.min() < f:  # the slide came to a deeper valley
-            theta, f = min((theta, f), polish(X, y, slid[cost.argmin()], free), key=lambda result: result[1])
+        slid, lowest = descend(X, y, slid, free & (np.arange(len(names)) != E), 60)
+        if lowest.min() < f:  # the slide came to a deeper valley
+            theta, f = min((theta, f), polish(X, y, slid[lowest.argmin()], free), key=lambda result: result[1])
     r = residuals(theta[None], X, y)[0][0]
-    return Best(names, prefactor, free, X, y, theta, float(f), E, slid, cost - f <= allowance(r, free.sum()))
+    return Best(names, prefactor, free, X, y, theta, float(f), E, slid, lowest - f <= allowance(r, free.sum()))
 
 
 def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=None, seed=1):
@@ -107,14 +107,14 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
 
     table: {column: array (n)} with the form's columns and the target. fixed: {coefficient: value} that stay as they
     are. simpler: values that turn the form into a simpler one, to compare. bootstrap: number of resamples (0: no
-    intervals). blocks: labels (n) of runs that share a start: they are drawn as one. Returns the report that `laws.py
-    fit --json` prints. ValueError if there are too few runs.
+    intervals). blocks: labels (n) of runs with a common trunk, or any common luck: drawn as one. Returns the report
+    that `laws.py fit --json` prints. ValueError as in `solve`, or for fewer than 3 blocks.
     """
     fixed, plain = fixed or {}, {}
     intervals, percentiles, refits = {}, None, []
     compared = simpler and not simpler.keys() & fixed.keys()
     short = solve(form, table, target, fixed | simpler) if compared else None
-    # the simpler fit is one start: with a term more the fit may not be worse, and no grid is fine enough to promise it
+    # the simpler fit is one start: with a term more the fit must not be worse, and no grid is fine enough to promise it
     best = solve(form, table, target, fixed, also=short and short.theta)
     why = undetermined(form, table, best)
     if bootstrap:
@@ -141,8 +141,8 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
 
 def held_out(form, table, target, fixed, best):
     """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others.
-    That starts where the floors of `best`, the fit to all runs, lie: as good as the whole grid, and faster."""
-    size = sum(log(table[c]) for c in columns(form) if c != "G")  # G makes no run larger
+    Only starts come from `best`, the fit to all runs (its floors in the place of the whole grid), and no losses."""
+    size = sum(log(table[c]) for c in columns(form) if c != "G")  # granularity makes no run larger
     order = np.argsort(size, kind="stable")
     small, large = ({c: v[part] for c, v in table.items()} for part in np.split(order, [-max(1, len(order) // 5)]))
     try:

@@ -191,7 +191,7 @@ def get_parser(commands=""):
 
     add = parser.add_argument_group("rhythm").add_argument
     add("--log-every", type=number, default=10, help="steps between two rows of log.csv")
-    add("--eval-every", type=number, help="steps between evaluations (default: an eighth of the run)")
+    add("--eval-every", type=number, help="steps between evaluations (default: what costs a twelfth of the run)")
     add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
     add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
@@ -479,7 +479,9 @@ def horizon(s, config, sizes, flops_per_token, device, world, lineage=()):
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    s.eval_every = s.eval_every or max(1, math.ceil(steps / 8))  # rounded up: not once more just before the end
+    # to read a token costs a third of training on it, so all evaluations a twelfth of the run; ten are enough
+    evaluations = min(10, max(1, steps * s.batch_tokens // (4 * s.eval_tokens)))
+    s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
     s.save_every = s.save_every or max(1, math.ceil(steps / 10))
     if steps and steps < (s.mask_steps or 0):
         raise ValueError(f"--mask-steps {s.mask_steps} is beyond the run's {steps} steps (it would never be open)")

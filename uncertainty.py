@@ -16,11 +16,11 @@ be told from the best one. One with 3.3e-6 can.
 Try, with the eighteen runs of descent.py and 1 % of noise, as in the second exercise of fitting.py:
 1. Put 2.5 in the place of `tail`: the plain percentiles. How much shorter is the interval of E? (1.72 to 1.88 in place
    of 1.57 to 1.91. experiments/coverage_laws.py counts how often an interval misses.)
-2. Give the two runs of a size the same luck: z = numpy.tile(z[:9], 2). Then draw them together, with `--blocks`. (E is
-   1.36 to 1.92, and as blocks 1.21 to 1.97: nine witnesses know less than eighteen.)
-3. Let D follow N but for a little: D = 20 N exp(j z), z = numpy.random.default_rng(2).standard_normal(18), once with
-   j = 0.02 and once with 0.05. (0.02: A, alpha, B, beta, as N and D are tied. 0.05: B and beta; the best fit does
-   without their term.)
+2. Give the two runs of a size the same luck: z = numpy.tile(z[:9], 2). Then draw them together, with `--blocks N`. (E
+   is 1.36 to 1.92, and as blocks 1.21 to 1.97: nine witnesses know less than eighteen.)
+3. Let D follow N but for a little in all eighteen: D = 20 N exp(j x), x = numpy.random.default_rng(2)
+   .standard_normal(18), with L for these D and the noise of 1. What is open for j = 0.02, what for 0.05? (A, alpha, B,
+   beta, as N and D are tied; B and beta, as the best fit does without their term.)
 """
 
 import math
@@ -31,7 +31,7 @@ from scipy.special import fdtri, ndtr, stdtrit
 
 from descent import HUBER, columns, descend, design, huber, residuals
 
-TIED = 0.01  # a column whose logarithm spreads less is constant; one that others predict to 1 % of its spread is tied
+TIED = 0.01  # a column whose logarithm spreads less is constant; one that others predict to about 1 % of it is tied
 
 
 def allowance(r, P, q=1):
@@ -44,9 +44,9 @@ def allowance(r, P, q=1):
     r (n) are the residuals of the best fit, F is the F distribution's 95 % point. psi is the force: r clipped to +-
     delta. psi' is its slope: 1 for |r| < delta, 0 beyond. n / (n - P): the fit has bent towards the runs. For least
     squares psi(r) = r, s is the variance of the noise, and this is the F test.
-    mean(psi') is the share of runs within delta of the curve. If the noise is far above delta, these are too few to
-    count. Then half of the runs, those within the median of |r|, stand for them, as if |r| were spread evenly there: a
-    share of delta / median of that half.
+    mean(psi') is the share of runs within delta of the curve. If m, the median of |r|, is above delta, these are too
+    few to count. Then it is estimated from the half with |r| < m. If they are spread evenly, a part delta / m of them
+    lies within delta: mean(psi') = delta / (2 m).
     """
     n, half = len(r), max(HUBER, np.median(np.abs(r)))
     curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
@@ -57,7 +57,8 @@ def allowance(r, P, q=1):
 def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
-    To a column belong the exponents whose factor changes with it, and the prefactors of their terms. If N is the same
+    To a column belong the exponents whose factor changes with it; of the same terms the prefactors, and exponents whose
+    factor is the same in all runs. If N is the same
     in all runs, A N^-alpha is one number. With D = 20 N both terms of Chinchilla's law are powers of N: exchange them,
     and the fit is as good, so it cannot say which is which.
     """
@@ -84,17 +85,19 @@ def tied(form, table, names):
 def undetermined(form, table, best):
     """{coefficient: reason} for those that the runs leave open. `fit` adds those whose interval is too wide.
 
-    1. It belongs to a column that is constant or tied to another (`tied`).
+    1. It is the floor, and a floor of 0 is possible (`solve`).
     2. One constant fits all losses as well as noise allows: then all are open.
-    3. It is the floor, and a floor of 0 is possible (`solve`).
+    3. It belongs to a column that is constant or tied to another (`tied`).
     4. Its term is nothing: below a millionth of every loss.
     5. It can be changed together with others, along v, and no prediction changes: d r / d theta @ v = 0. Of two terms
        that no run varies, for example, only the sum counts.
+
+    It gets the first reason that holds.
     """
     names = [name for name, free in zip(best.names, best.free) if free]
     r, share = residuals(best.theta[None], best.X, best.y)
     P, r, share = len(names), r[0], share[:, 0]  # (n), (K, n)
-    flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant for all runs
+    flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant, the median
     why = {best.names[best.E]: "without it the law fits as well as noise allows"} if best.possible[0] else {}
     if flat - best.f <= allowance(r, P, max(1, P - 1)):  # it has P - 1 coefficients less
         why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
@@ -103,7 +106,7 @@ def undetermined(form, table, best):
     for j in np.flatnonzero((alive == 0).all((0, 2))):
         why.setdefault(names[j], "its term is nothing: below a millionth of every loss")
     logs = {c: log(table[c]) for c in columns(form)}
-    # the same fit, were a column that is as good as constant quite constant
+    # the same fit, but a column that hardly varies is made constant: so that s below is 0 to rounding
     X = design(form, {c: np.exp(v if v.std() > TIED else 0 * v + v.mean()) for c, v in logs.items()})[2]
     J = np.einsum("kn,kpn->np", residuals(best.theta[None], X, best.y)[1][:, 0], X[:, best.free])  # d r / d theta
     _, s, V = np.linalg.svd(J / np.maximum(np.abs(J).max(0), 1e-300), full_matrices=False)
@@ -145,9 +148,10 @@ def intervals_of(best, times, blocks, seed):
     1. The spread is too small by sqrt((n - P) / n),
     2. and few runs need Student's t in place of 1.96: so the percentiles are taken further out (Hesterberg 2015).
     3. If a floor of 0 is possible, refits seldom reach both ends of what is possible. So they are repeated with the
-       floor held at either end, and an interval is the union.
+       floor held at either end, and an interval reaches from the lowest to the highest end of all three.
 
-    blocks: labels (n) of runs that are drawn as one, or None. So many blocks count as n, and all but one as n - P.
+    blocks: labels (n) of runs that are drawn as one, or None. Runs that share their luck, drawn one by one, would count
+    as more evidence than they are. Their number takes the place of n, and their number less 1 that of n - P.
     """
     n, P = len(best.y), best.free.sum()
     labels = np.arange(n) if blocks is None else np.unique(np.asarray(blocks).astype(str), return_inverse=True)[1]
