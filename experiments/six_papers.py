@@ -4,6 +4,7 @@
 """
 
 import importlib
+import math
 
 from ladder import ROOT
 from papers import home_of
@@ -23,13 +24,16 @@ QUESTIONS = {
 
 
 def main():
-    figure, grid = plt.subplots(2, 3, figsize=(13.5, 7.6), layout="constrained")
-    for axes, (name, question) in zip(grid.flat, QUESTIONS.items()):
-        if rows := load(home_of(name)):
-            importlib.import_module(name).panel(axes, select(rows, optimizer="muon"))
+    tables = {name: rows for name in QUESTIONS if (rows := load(home_of(name)))}  # of the scripts that were run
+    down = math.ceil(len(tables) / 3)
+    figure, grid = plt.subplots(down, 3, figsize=(13.5, 3.8 * down), layout="constrained", squeeze=False)
+    for axes, (name, rows) in zip(grid.flat, tables.items()):
+        importlib.import_module(name).panel(axes, select(rows, optimizer="muon"))
         if axes.get_xscale() == "log" and name != "granularity":
             log_ticks(axes.xaxis)
-        axes.set_title(f"{name}: {question}", fontsize=11)
+        axes.set_title(f"{name}: {QUESTIONS[name]}", fontsize=11)
+    for axes in grid.flat[len(tables) :]:
+        axes.axis("off")
     figure.savefig(PICTURE, dpi=130)
 
 
