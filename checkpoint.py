@@ -29,6 +29,7 @@ import os
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -389,4 +390,5 @@ def check_whole(folder):
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:
-        raise ValueError(f"{folder} was killed while saving (first: python train.py --resume --out {folder})")
+        right = f"python train.py --resume --out {quote(str(folder))}"
+        raise ValueError(f"{folder} was killed while saving (first: {right})")

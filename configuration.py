@@ -24,6 +24,7 @@ KINDS = {  # model_type: keys that a configuration may leave out, and what its p
     "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
                       num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
 }  # fmt: skip
+FRACTIONS = "rms_norm_eps", "rope_theta", "router_aux_loss_coef"  # other numbers are whole
 # By norm_topk_prob: a softmax over all whose chosen scores are made to sum to one is a softmax over the chosen logits.
 ROUTER = {True: "topk-softmax", False: "softmax-topk"}
 
@@ -39,6 +40,8 @@ def from_public(h, path):
     def need(*names):
         for name in names:
             if h.get(name) is not None:
+                if not isinstance(h[name], (int, float) if name in FRACTIONS else int):
+                    refuse(f"{name} is {h[name]!r} (a {'number' if name in FRACTIONS else 'whole number'})")
                 return h[name]
         refuse(f"{names[0]} is missing")
 
@@ -57,6 +60,9 @@ def from_public(h, path):
     if any(t != "full_attention" for t in h.get("layer_types") or ()):
         refuse("layer_types other than full_attention are not supported")
 
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(h.get(name) or {}, dict):
+            refuse(f"{name} is {h[name]!r} (an object)")
     rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
     rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if rope_type == "llama3":

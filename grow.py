@@ -56,6 +56,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from shlex import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -410,7 +411,7 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         parser.error(str(error))
     mask = " --mask-steps 100" if args.operator == "random" else ""
-    print(f"next: python train.py --init {args.target}{mask}")
+    print(f"next: python train.py --init {quote(args.target)}{mask}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ import argparse
 import os
 import signal
 import sys
+from shlex import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -213,7 +214,7 @@ def main(argv=None):
         print("written:", learn_folder(**vars(args)))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         parser.error(str(error))
-    print(f"next: python train.py --init {args.target}")
+    print(f"next: python train.py --init {quote(args.target)}")
 
 
 if __name__ == "__main__":

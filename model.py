@@ -37,6 +37,7 @@ Try:
 
 import hashlib
 import math
+import os
 import signal
 from dataclasses import dataclass
 
@@ -370,6 +371,8 @@ def generate(module, ids, tokens, temperature=1.0, top_k=0, top_p=1.0, seed=1, u
             logits, _, _ = module(torch.tensor([ids[fed:]], device=device), cache=cache)
             fed = len(ids) if use_cache else 0
             logits = logits[0, -1].float().cpu()
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite (its training has diverged)")
             if temperature == 0:
                 token = int(logits.argmax())
             else:
@@ -403,7 +406,7 @@ def main():
     add("--device", default="cpu", help="auto, cpu, cuda or mps (default: %(default)s)")
     args = parser.parse_args()
     try:
-        if args.tokens < 0 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+        if args.tokens < 0 or not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
             raise ValueError("--tokens, --temperature and --top-k are at least 0, --top-p above 0 and at most 1")
         device = pick_device(args.device)
         folder = checkpoint.find(args.folder)
@@ -416,14 +419,19 @@ def main():
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     shown = tokenizer.decode(ids)
-    print(shown, end="", flush=True)
-    for token in generate(module, ids, args.tokens, args.temperature, args.top_k, args.top_p, args.seed):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character: wait for the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+    try:
+        print(shown, end="", flush=True)
+        for token in generate(module, ids, args.tokens, args.temperature, args.top_k, args.top_p, args.seed % 2**63):
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print(flush=True)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os._exit(0)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def pick_device(name):

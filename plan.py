@@ -45,6 +45,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from shlex import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while SciPy loads: no traceback
@@ -181,7 +182,7 @@ def command(way, tokens, folder, config, experts, top_k):
     """What to type for one of the four ways. Without a folder, and so without a configuration, names stand for them."""
     how = {"train on": "", "upcycle": f" --upcycle {experts:g}x{top_k:g}", "stack": f" --stack {laws.GROW}"}
     if way in how:
-        return f"python train.py --init {folder or 'FOLDER'}{how[way]} --tokens {tokens:.4g}"
+        return f"python train.py --init {quote(folder) if folder else 'FOLDER'}{how[way]} --tokens {tokens:.4g}"
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
     shape = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if name in config)
     return f"python train.py {shape or 'SHAPE'} --experts {experts:g} --top-k {top_k:g} --tokens {tokens:.4g}"

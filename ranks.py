@@ -19,7 +19,9 @@ class Ranks:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.local = int(os.environ.get("LOCAL_RANK", 0))  # on its node
-        self.world = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+        self.world = int(os.environ.get("WORLD_SIZE") or 1)  # how many there are
+        if self.world > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+            sys.exit(f"WORLD_SIZE is {self.world}, but RANK or MASTER_ADDR is not set (torchrun, or unset WORLD_SIZE)")
         self.first = self.rank == 0
         self.device = self.mesh = None  # see join; the mesh is that of --fsdp
 
@@ -37,8 +39,11 @@ class Ranks:
 
     def say(self, text):
         if self.first:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # nobody reads any more: Ctrl-C ends `| tee`, too. Go on, and save; log.csv has the rows
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def sum(self, t):
         """Over the ranks, in place."""
@@ -83,11 +88,14 @@ class Ranks:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM: noted at once, obeyed between two steps. `number` is that of the first one, or 0."""
+    """Ctrl-C, SIGTERM, and SIGHUP of a closed terminal (unless it is ignored, as under nohup): noted at once, obeyed
+    between two steps. `number` is that of the first one, or 0."""
 
     def __init__(self):
         self.number = 0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        asked = [signal.SIGINT, signal.SIGTERM]
+        asked += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+        self.before = {s: signal.signal(s, self.note) for s in asked}
 
     def note(self, number, frame):
         if self.number:  # a second one does not wait

@@ -71,7 +71,7 @@ class Record:
             folder = Path(out)
             if overwrite and folder.is_dir():
                 os.close(lock(folder))  # refuses if a run is alive in it
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=resumes)
         else:
             for i in itertools.count(1):

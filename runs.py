@@ -20,6 +20,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from shlex import quote
 from statistics import fmean, stdev
 
 if __name__ == "__main__":
@@ -66,6 +67,7 @@ def summarise(out, rulers, losses, bits, load, sample):
     plot(out, rulers)
     print(f"\n{sample}")
     print(f"written: {out}/  (model.safetensors, run.json, log.csv, eval.csv, samples.txt, loss.png)\nnext:")
+    out = quote(str(out))
     print(f'  python model.py {out} --prompt "def "')
     if load is None:
         print(f"  python train.py --init {out} --upcycle 8x2   # a mixture of experts from it")

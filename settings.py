@@ -366,16 +366,31 @@ def check_flags(kind, args, given):
     if out and out.exists():
         if not args.overwrite:
             raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "log.csv").exists()):
-            raise ValueError(f"--overwrite: {out} is not a folder of train.py (delete it yourself)")
-        for parent in filter(None, (args.init, args.branch)):
-            if out.resolve() in (Path(parent).resolve(), *Path(parent).resolve().parents):
-                raise ValueError(f"--overwrite would delete the parent {parent} (another --out)")
+        check_overwrite(out, args)
     for name in ("source_tokens", "upcycle", "stack", "mask_steps"):
         if getattr(args, name) and kind != "init":
             raise ValueError(f"{flag(name)} is about the checkpoint of --init (add --init)")
     if not 0 < args.decay_fraction <= 1:
         raise ValueError(f"--decay-fraction is {args.decay_fraction} (above 0 and at most 1)")
+
+
+def check_overwrite(out, args):
+    """Raises ValueError if --overwrite would delete more than a run."""
+    within = lambda path: out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "log.csv").exists()):
+        raise ValueError(f"--overwrite: {out} is not a folder of train.py (delete it yourself)")
+    if within(Path.cwd()):
+        raise ValueError(f"--overwrite would delete the folder in which you are, {Path.cwd()} (go to another)")
+    for folder in filter(Path.is_dir, out.iterdir()):
+        if not folder.name.startswith("step-"):
+            raise ValueError(f"--overwrite: {folder} is no part of a run of train.py (move it away)")
+    for parent in filter(None, (args.init, args.branch)):
+        if within(parent):
+            raise ValueError(f"--overwrite would delete the parent {parent} (another --out)")
+    used = [file for *_, files in data.parse_spec(args.data) for _, file in files] if args.data else []
+    for file in filter(None, [*used, args.tokenizer]):
+        if within(file):
+            raise ValueError(f"--overwrite would delete {file}, which the run is to read (another --out)")
 
 
 def check_batch(s, world, fit):

@@ -18,6 +18,7 @@ folder, in a user's folder a file. Neighbours are often near-copies, and one in 
 """
 
 import ast
+import codecs
 import glob
 import importlib.metadata
 import importlib.util
@@ -89,7 +90,7 @@ def list_files(source):
         need((path / "meta.json").exists(), f"{path / 'meta.json'} is missing: it says what train.bin holds ({right})")
         return [(name, path / name) for name in ("train.bin", "val.bin", "meta.json")]
     if path.is_dir():
-        files = [("/".join(parts), file) for parts, file in walk(path)]
+        files = [("/".join(parts), file) for parts, file in walk(path, links=True)]
     elif path.is_file():
         files = [(path.name, path)]
     else:
@@ -97,18 +98,26 @@ def list_files(source):
     if files:
         return files
     right = f"{suggest(source, BUILTIN)}, a text file, .jsonl, folder, or glob such as notes/**/*.txt"
+    if path.exists() and not path.is_dir():
+        raise FileNotFoundError(f"{source} is a pipe or a device (save its text to a file first)")
     raise FileNotFoundError(f"no file in {source!r} ({right})")
 
 
-def walk(root, skip=(), suffixes=""):
+def walk(root, skip=(), suffixes="", links=False):
     """(parts of the path below root, path) of the files in a folder, in a fixed order, without hidden ones and folders
-    called as in `skip`. OSError: a folder in it cannot be listed."""
+    called as in `skip`. links: those in linked folders, too, each folder once. OSError: one cannot be listed."""
+    seen = {os.path.realpath(root)}
 
     def stop(error):  # os.walk would leave that folder out
         raise error
 
-    for folder, folders, files in os.walk(root, onerror=stop):
+    def once(path):  # a link can lead back
+        real = os.path.realpath(path)
+        return not (real in seen or seen.add(real))
+
+    for folder, folders, files in os.walk(root, onerror=stop, followlinks=links):
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
+        folders[:] = [f for f in folders if not links or once(Path(folder, f))]
         paths = (Path(folder, f) for f in sorted(files) if f.endswith(suffixes) and not f.startswith("."))
         yield from ((path.relative_to(root).parts, path) for path in paths if path.is_file())
 
@@ -160,8 +169,8 @@ def read_documents(source, files, quiet=True):
 def read_texts(path, builtin):
     """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: a built-in source's, not UTF-8.
 
-    A document is the whole text or, in a file of JSON lines, the field "text" of each line."""
-    text = path.read_bytes()
+    A document is the whole text or, in a file of JSON lines or a .json array of objects, the field "text" of each."""
+    text = path.read_bytes() if builtin else path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         text.decode()
         need(text.count(0) <= len(text) / 4, f"but UTF-16: {text.count(0):,} of {len(text):,} bytes are NUL")
@@ -169,6 +178,7 @@ def read_texts(path, builtin):
         wrong = f"at byte {e.start}" if isinstance(e, UnicodeDecodeError) else e
         need(builtin, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
         return [None], 0
+    text = text if builtin else unrolled(path, text)
     if builtin or not holds_json_lines(path, text):
         return [text], 0
     texts, replaced = [], 0
@@ -182,6 +192,16 @@ def read_texts(path, builtin):
                 texts.append(document.encode())
                 replaced += n
     return texts, replaced
+
+
+def unrolled(path, text):
+    """A .json array of objects with a field "text" as JSON lines; any other text as it is."""
+    if path.suffix.lower() == ".json" and text.lstrip().startswith(b"["):
+        with suppress(ValueError, RecursionError):
+            records = json.loads(text)
+            if all(isinstance(record, dict) and "text" in record for record in records):
+                return "\n".join(map(json.dumps, records)).encode()
+    return text
 
 
 def holds_json_lines(path, text):

@@ -101,7 +101,10 @@ def show(rows):
 
 
 def print_anything():
-    """What the terminal's encoding cannot say is printed as "?": no work that is done ends in a traceback over it."""
+    """What the terminal's encoding cannot say is printed as "?", and to a closed output (`>&-`) nothing is: no work
+    that is done ends in a traceback over it."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
@@ -112,6 +115,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **more):
         super().__init__(*args, allow_abbrev=False, **more)
         print_anything()
+
+    def parse_known_args(self, args=None, namespace=None):
+        """A shell leaves the ~ of --out=~/run as it is: it means the home directory here, too."""
+        home = re.compile(r"^(--[\w-]+=)(~)(?=/|$)")
+        words = map(str, sys.argv[1:] if args is None else args)
+        words = [home.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in words]
+        return super().parse_known_args(words, namespace)
 
     def known(self):
         return [*self._option_string_actions]

@@ -39,6 +39,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from shlex import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -191,7 +192,8 @@ def main(argv=None):
         fail(error)
     kind, s, config, tokenizer, lineage, state, *_ = start
     if kind == "resume" and state["finished"]:
-        ranks.say(f"{s.out} is finished: {state['step']} steps (more: python train.py --init {s.out} --tokens ...)")
+        more = f"python train.py --init {quote(s.out)} --tokens ..."
+        ranks.say(f"{s.out} is finished: {state['step']} steps (more: {more})")
         return 0
     device = ranks.join(device, s.fsdp)
     if s.dtype == "auto":
@@ -276,8 +278,12 @@ def main(argv=None):
         if fresh:
             if step % s.eval_every == 0 or step == steps or step in snapshots:
                 losses, shown = evaluation()
-                record.evaluated(step, losses)
                 ranks.say(f"step {step:>6}  validation  {shown}")
+                if not all(map(math.isfinite, losses.values())):
+                    ranks.say(f"stopped: the loss is no number. Last good one: {s.out if step else 'none'}")
+                    code = 1
+                    break
+                record.evaluated(step, losses)
             if step in {0, steps // 10, steps // 2, steps} and (ranks.first or s.fsdp):
                 ids = tokenizer.encode([prompt])[0].tolist()
                 with eagerly(compiled):
@@ -291,11 +297,11 @@ def main(argv=None):
             except (OSError, RuntimeError, checkpoint.SafetensorError) as error:  # a full disk has three names
                 bar.close()
                 print(f"train.py: step {step} could not be saved: {error} (make room, then: "
-                      f"python train.py --resume --out {s.out})", file=sys.stderr)  # fmt: skip
+                      f"python train.py --resume --out {quote(s.out)})", file=sys.stderr)  # fmt: skip
                 raise SystemExit(1) from None
             if stop and step < steps:
                 code = 128 + stop
-                ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {s.out}")
+                ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
         if step == steps or code:
             break
         fresh = True

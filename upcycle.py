@@ -50,6 +50,7 @@ import re
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
+from shlex import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
@@ -352,7 +353,7 @@ def main(argv=None):
         print("note: a program that routes in this dtype splits a copy now and then; in float32 none does")
     if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
         print("note: equal copies that get the same tokens stay equal (--router-std 0.02, --method noise or drop)")
-    print(f"next: python train.py --init {dst}")
+    print(f"next: python train.py --init {quote(str(dst))}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import data
 import grow
 import train
 import upcycle
+from tables import Parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,14 @@ def test_a_mistyped_flag_is_answered_with_the_nearest_one(capsys, main, argument
     with pytest.raises(SystemExit) as left:
         main(arguments.split())
     assert left.value.code == 2 and capsys.readouterr().err.endswith(f" (did you mean {near}?)\n")
+
+
+def test_a_home_directory_after_an_equals_sign_is_that(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    parser = Parser()
+    parser.add_argument("--out")
+    for word, means in (("~/a b", "/home/ada/a b"), ("~", "/home/ada"), ("a~/b", "a~/b"), ("~~", "~~")):
+        assert parser.parse_args([f"--out={word}"]).out == means
 
 
 def test_a_flag_like_no_other_gets_no_guess(capsys):

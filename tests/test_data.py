@@ -131,6 +131,34 @@ def test_json_lines_are_known_by_ending_or_content_and_other_json_is_text(tmp_pa
     assert [text.decode() for _, text in found] == documents
 
 
+def test_a_json_array_is_read_as_its_texts_and_other_json_as_it_is(tmp_path):
+    records = [{"text": "one\n" * 99, "id": 1}, {"text": "zwei\n" * 99}]
+    for indent in (None, 1):
+        path = write(tmp_path, {"a.json": json.dumps(records, indent=indent)}) / "a.json"
+        assert sources.read_texts(path, False)[0] == [r["text"].encode() for r in records]
+    for text in ('[{"texts": 1}]', "[1, 2]", '[{"text": "a"}'):
+        assert sources.read_texts(write(tmp_path, {"a.json": text}) / "a.json", False)[0] == [text.encode()]
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    write(tmp_path, {"books/a.txt": "aaa", "corpus/b.txt": "bbb"})
+    (tmp_path / "corpus/books").symlink_to(tmp_path / "books")
+    (tmp_path / "corpus/again").symlink_to(tmp_path / "books")
+    (tmp_path / "books/loop").symlink_to(tmp_path / "corpus")
+    assert [unit for unit, _ in sources.list_files(str(tmp_path / "corpus"))] == ["b.txt", "again/a.txt"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = write(tmp_path, {"a.txt": "\ufefftext"}) / "a.txt"
+    assert sources.read_texts(path, False)[0] == [b"text"]
+
+
+def test_a_pipe_is_refused_for_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="pipe is a pipe or a device"):
+        sources.list_files(str(tmp_path / "pipe"))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.json"])
 def test_a_missing_field_names_the_fields_that_are_there(tmp_path, name):
     write(tmp_path, {name: '{"content": "one", "url": "x"}\n{"content": "two", "url": "y"}\n'})

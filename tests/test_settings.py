@@ -278,6 +278,26 @@ def test_what_may_change_in_a_resume_is_checked_there_too(name, here):
         settle("--resume", "--out", "trunk", settings.flag(name), 0)
 
 
+def test_overwrite_deletes_a_run_and_nothing_else(here, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    for folder in ("step-3", "step-6.partial"):
+        (run / folder).mkdir(parents=True)
+    (run / "log.csv").write_text("step\n")
+    anew = ("--out", run, "--overwrite")
+    settle("--data", "a.txt", *anew)
+    monkeypatch.chdir(run / "step-3")
+    with pytest.raises(ValueError, match="would delete the folder in which you are"):
+        settle(*anew)
+    monkeypatch.undo()
+    (run / "a.txt").write_text("text " * 100)
+    for flags in (["--data", run / "a.txt"], ["--data", f"{run}/*.txt"], ["--tokenizer", run / "a.txt"]):
+        with pytest.raises(ValueError, match="run/a.txt, which the run is to read"):
+            settle(*flags, *anew)
+    (run / ".git").mkdir()
+    with pytest.raises(ValueError, match="run/.git is no part of a run"):
+        settle(*anew)
+
+
 def test_a_resume_overwrites_nothing(here):
     with pytest.raises(ValueError, match="--overwrite would delete the run that --resume goes on with"):
         settle("--resume", "--out", "trunk", "--overwrite")

@@ -5,10 +5,12 @@ import csv
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import two_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
@@ -148,6 +150,52 @@ def test_ctrl_c_saves_leaves_with_130_and_resumes_exactly(here, texts):
     assert 10 <= checkpoint.read_trainer("stopped")["step"] < 200
     run(texts, "--resume", "--out", "stopped")
     assert_same_run("calm", "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("reader", ["reads", "leaves"])
+def test_a_closed_terminal_and_a_reader_that_leaves_lose_nothing(here, texts, number, reader):
+    """Ctrl-C under `| tee log` ends tee as well; closing the terminal ends both."""
+    flags = ["--tokens", 256 * 2000, "--save-every", 100000, "--log-every", 1, *FEW, "--out", "a run"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(texts, *flags), env=ENV, **pipes)
+    while not process.stdout.readline().startswith("step     10/"):
+        pass
+    if reader == "leaves":
+        process.stdout.close()
+    process.send_signal(number)
+    assert "Traceback" not in process.stderr.read()
+    if reader == "reads":
+        assert "--resume --out 'a run'" in process.stdout.read()
+    assert process.wait() == 128 + number
+    assert checkpoint.read_trainer("a run")["step"] == int(table("a run/log.csv")[-1]["step"]) >= 10
+
+
+def test_output_that_nobody_can_read_does_not_stop_a_run(here, texts):
+    tail = " ".join(map(shlex.quote, command(texts, "--tokens", 2560, *FEW)))
+    for where in ("> /dev/full", ">&- 2>&-", "| true"):
+        out = f"out-{len(where)}"
+        done = subprocess.run(f"{tail} --out {out} {where}", shell=True, **CAPTURE)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (where, done.stderr)
+        assert checkpoint.read_trainer(out)["step"] == 10
+
+
+def test_weights_that_are_no_numbers_end_a_run_in_words(here, texts, capsys):
+    run(texts, "--tokens", 256, "--out", "bad")
+    weights = load_file("bad/model.safetensors")
+    weights["model.norm.weight"][:] = math.nan
+    save_file(weights, "bad/model.safetensors", {"format": "pt"})
+    assert train.main(["--init", "bad", "--tokens", "2560", "--out", "child"]) == 1
+    assert "stopped: the loss is no number. Last good one: none" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(model.generate(checkpoint.load("bad"), [1], 3))
+
+
+def test_a_world_without_torchrun_is_refused_in_one_line(here, texts):
+    for world, code in (("2", 1), ("", 0)):
+        done = subprocess.run(command(texts, "--tokens", 0, *FEW), **CAPTURE | {"env": ENV | {"WORLD_SIZE": world}})
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert world == "" or done.stderr.startswith("WORLD_SIZE is 2, but RANK or MASTER_ADDR is not set")
 
 
 def test_resuming_a_finished_run_changes_nothing(here, texts, capsys):
