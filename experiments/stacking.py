@@ -105,6 +105,8 @@ def against_scratch(rows, mine):
     """Cells: L, less scratch at equal FLOPs, at equal seconds, speed-up."""
     scratch = dict(arm="scratch")
     saved = speedups(rows, mine)
+    if not saved:
+        return ["missing"] * 4
     percent = f"{statistics.fmean(saved):+.0f} %" if all(s == s for s in saved) else "outside"
     spread = f" ± {statistics.stdev(saved):.0f}" if len(saved) > 1 and percent != "outside" else ""
     return [cell([row["L"] for row in select(rows, **mine)], ""), cell(less(rows, mine, scratch, "flops_total")),
@@ -129,13 +131,14 @@ def show(home):
     table.append([f"one layer, {LATE / M:g} M", *against_scratch(muon, dict(arm="one to many late"))])
     markdown(["stacked at", *heads], table)
     print("\n" + "\n".join(more) + "  (2510.08008: below 0 for long bases)")
-    late = less(muon, dict(arm="one to many late"), dict(arm="scratch"), "D")
-    cost = select(muon, arm="one to many late")[0]["flops_total"]
-    cost /= select(muon, arm="scratch", budget=SCRATCH[-1])[0]["flops_total"]
-    print(f"one layer to many at 0.8, less scratch at equal tokens (2511.04981: near 0): {verdict(late)}")
-    print(f"  for {cost:.2f} of the FLOPs")
+    if row := next(iter(select(muon, arm="one to many late")), None):
+        late = less(muon, dict(arm="one to many late"), dict(arm="scratch"), "D")
+        cost = row["flops_total"] / select(muon, arm="scratch", budget=SCRATCH[-1])[0]["flops_total"]
+        print(f"one layer to many at 0.8, less scratch at equal tokens (2511.04981: near 0): {verdict(late)}")
+        print(f"  for {cost:.2f} of the FLOPs")
     for name, some in (("Muon", muon), ("AdamW", adamw)):
-        print(f"depth-direct, {name}: FLOPs saved {verdict(speedups(some, dict(arm='depth direct')), ' %')}")
+        if saved := speedups(some, dict(arm="depth direct")):
+            print(f"depth-direct, {name}: FLOPs saved {verdict(saved, ' %')}")
     plot(home, muon)
 
 
