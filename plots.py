@@ -39,7 +39,8 @@ def log_ticks(axis):
     low, high = axis.get_view_interval()
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     if high < 30 * low:
-        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        steps = (1, 2, 5) if high > 5 * low else (1, 2, 3, 4, 6, 8)
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
         axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.0e"))
 
 

@@ -155,21 +155,22 @@ def panel(axes, rows):
 
 
 def plot(home, rows):
-    figure, axes = panels(4)
+    figure, axes = panels(4 if select(rows, arm=[f"interposed at {d}" for d in TIMES]) else 3)
     for i, arm in enumerate(("scratch", *PAPER)):
         draw(axes[0], i, band(rows, "flops_total", arm=arm), arm)
         draw(axes[1], i, band(rows, "seconds", arm=arm), arm)
     axes[0].set(xscale="log", xlabel="training FLOPs, the base counted", ylabel="validation loss, nats a byte")
     axes[1].set(xscale="log", xlabel="seconds on one thread, the base counted")
     axes[0].legend(frameon=False, fontsize=8)
-    for i, arm in enumerate(("stacked", "interposed")):
-        names = {d: stacked(d) if arm == "stacked" else f"interposed at {d}" for d in TIMES}
-        losses = {d: [row["L"] for row in select(rows, arm=name)] for d, name in names.items()}
-        draw(axes[2], i, [(d, statistics.fmean(L), min(L), max(L)) for d, L in losses.items() if L], arm)
-    axes[2].set(xscale="log", xlabel="d, tokens of the base", title=f"after {AFTER / M:g} M tokens more")
-    axes[2].legend(frameon=False, fontsize=8)
-    panel(axes[3], rows)
-    save(figure, home, *axes[:3])
+    panel(axes[2], rows)
+    for last in axes[3:]:
+        for i, arm in enumerate(("stacked", "interposed")):
+            names = {d: stacked(d) if arm == "stacked" else f"interposed at {d}" for d in TIMES}
+            losses = {d: [row["L"] for row in select(rows, arm=name)] for d, name in names.items()}
+            draw(last, i, [(d, statistics.fmean(L), min(L), max(L)) for d, L in losses.items() if L], arm)
+        last.set(xscale="log", xlabel="d, tokens of the base", title=f"after {AFTER / M:g} M tokens more")
+        last.legend(frameon=False, fontsize=8)
+    save(figure, home, *axes[:2], *axes[3:])
 
 
 if __name__ == "__main__":
