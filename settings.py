@@ -376,21 +376,14 @@ def check_flags(kind, args, given):
 
 def check_overwrite(out, args):
     """Raises ValueError if --overwrite would delete more than a run."""
-    within = lambda path: out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
     if not out.is_dir() or (any(out.iterdir()) and not (out / "log.csv").exists()):
         raise ValueError(f"--overwrite: {out} is not a folder of train.py (delete it yourself)")
-    if within(Path.cwd()):
-        raise ValueError(f"--overwrite would delete the folder in which you are, {Path.cwd()} (go to another)")
-    for folder in filter(Path.is_dir, out.iterdir()):
-        if not folder.name.startswith("step-"):
-            raise ValueError(f"--overwrite: {folder} is no part of a run of train.py (move it away)")
-    for parent in filter(None, (args.init, args.branch)):
-        if within(parent):
-            raise ValueError(f"--overwrite would delete the parent {parent} (another --out)")
     used = [file for *_, files in data.parse_spec(args.data) for _, file in files] if args.data else []
-    for file in filter(None, [*used, args.tokenizer]):
-        if within(file):
-            raise ValueError(f"--overwrite would delete {file}, which the run is to read (another --out)")
+    paths = [Path(path).resolve() for path in (Path.cwd(), args.init, args.branch, args.tokenizer, *used) if path]
+    inside = [path for path in paths if out.resolve() in (path, *path.parents)]
+    inside += [path for path in out.iterdir() if path.is_dir() and not path.name.startswith("step-")]
+    if inside:
+        raise ValueError(f"--overwrite would delete {inside[0]} (the parent, what it reads, where you are, or no run)")
 
 
 def check_batch(s, world, fit):
@@ -494,7 +487,7 @@ def horizon(s, config, sizes, flops_per_token, device, world, lineage=()):
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    # to read a token costs a third of training on it, so all evaluations a twelfth of the run; ten are enough
+    # to read a token costs a third of training on it: all evaluations a twelfth of the run
     evaluations = min(10, max(1, steps * s.batch_tokens // (4 * s.eval_tokens)))
     s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
     s.save_every = s.save_every or max(1, math.ceil(steps / 10))
