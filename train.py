@@ -280,7 +280,7 @@ def main(argv=None):
                 losses, shown = evaluation()
                 ranks.say(f"step {step:>6}  validation  {shown}")
                 if not all(map(math.isfinite, losses.values())):
-                    ranks.say(f"stopped: the loss is no number. Last good one: {s.out if step else 'none'}")
+                    ranks.say(f"step {step}: the loss is no number: stopped. Last good one: {s.out if step else 'none'}")
                     code = 1
                     break
                 record.evaluated(step, losses)

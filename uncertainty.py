@@ -58,9 +58,8 @@ def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
     To a column belong the exponents whose factor changes with it; of the same terms the prefactors, and exponents whose
-    factor is the same in all runs. If N is the same
-    in all runs, A N^-alpha is one number. With D = 20 N both terms of Chinchilla's law are powers of N: exchange them,
-    and the fit is as good, so it cannot say which is which.
+    factor is the same in all runs. If N is the same in all runs, A N^-alpha is one number. With D = 20 N both terms of
+    Chinchilla's law are powers of N: exchange them, and the fit is as good, so it cannot say which is which.
     """
     args = {c: np.asarray(table[c], float) for c in columns(form)}
     belong = {}  # column: its coefficients
