@@ -280,7 +280,8 @@ def main(argv=None):
                 losses, shown = evaluation()
                 ranks.say(f"step {step:>6}  validation  {shown}")
                 if not all(map(math.isfinite, losses.values())):
-                    ranks.say(f"step {step}: the loss is no number: stopped. Last good one: {s.out if step else 'none'}")
+                    good = s.out if step else "none"
+                    ranks.say(f"step {step}: the loss is no number: stopped. Last good one: {good}")
                     code = 1
                     break
                 record.evaluated(step, losses)
