@@ -1,10 +1,10 @@
-"""What the experiments share: a run, a trunk with branches, a sweep of the rate, a step to be timed, paired numbers.
+"""What the experiments share: a run, a sweep of the rate, a step to be timed, a ladder read between its budgets.
 
 A ladder is one trunk at a constant rate, with a branch for each budget. The last quarter of a budget decays. The losses
 are those that separate runs would have, for less. A run that is whole is not run again, so a second call goes on.
 
 SCALE=cpu is the default: text that every machine has. SCALE=gpu is larger, SCALE=tiny tries a script out in a minute or
-two. papers.py builds on this file, for the six papers. Equal FLOPs are those of `runs.py`, ancestors included.
+two. papers.py builds on this file, for the six papers.
 """
 
 import argparse
@@ -34,10 +34,9 @@ WARMUP = pick(2, 16, 50)  # steps
 RHYTHM = ("--eval-every", "1000000", "--save-every", "1000000")
 SETTING = ("--batch-tokens", str(STEP), *RHYTHM)
 SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
-ADAMW = ("--optimizer", "adamw", "--lr", "0.003")  # with which moe_table and grow_table were measured
 
 
-# ---- one run, one ladder, one sweep ---------------------------------------------------------------------------------
+# ---- one run, one sweep -------------------------------------------------------------------------------------------
 
 
 def call(command):
@@ -55,25 +54,6 @@ def train(out, *flags, script=(ROOT / "train.py",)):
         call([*script, *flags, "--out", out, "--overwrite"])
     last = list(csv.DictReader(open(out / "eval.csv")))[-1]
     return float(next(last[name] for name in last if name.endswith("_loss"))), float(last["flops"])
-
-
-def ladder(out, budgets, *flags):
-    """[(tokens, loss, FLOPs)] of the setting `flags` for each budget in tokens; the FLOPs are those of these runs."""
-    stops = [round(tokens * 0.75 / STEP) for tokens in budgets]
-    at = ",".join(str(stop * STEP) for stop in stops)
-    trunk = ["--tokens", stops[-1] * STEP, "--schedule", "constant", "--save-at", at]
-    _, flops = train(out / "trunk", *SETTING, *flags, "--warmup", WARMUP, *trunk)
-    points = []
-    for tokens, stop in zip(budgets, stops):
-        branch = ["--branch", out / f"trunk/step-{stop}", "--tokens", tokens - stop * STEP]
-        loss, more = train(out / f"to-{tokens}", *RHYTHM, *branch)
-        points.append((tokens, loss, flops * stop / stops[-1] + more))
-    return points
-
-
-def dense(out, seed, *flags):
-    """The dense ladder that all tables start from; its trunk holds snapshots at 1.5, 3 and 6 million tokens."""
-    return ladder(out / f"dense-{seed}", (2 * M, 4 * M, 8 * M), *SHAPE, *ADAMW, "--seed", seed, *flags)
 
 
 def grid(table, out, rows, flags, script=lambda row: (ROOT / "train.py",)):
@@ -183,36 +163,6 @@ def cell(values, sign="+"):
         return "outside" if values else "missing"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.3f}{spread}"
-
-
-# ---- the tables of before -------------------------------------------------------------------------------------------
-
-
-def folder(out, name, seed):
-    return out / f"{name}-{seed}".replace(" ", "_").replace(",", "")
-
-
-def write(path, seed, ladders):
-    """Adds {model: ladder} of a seed to a CSV, in the place of its earlier rows, and prints what was added."""
-    rows = []
-    for name, points in ladders.items():
-        for tokens, loss, flops in points:
-            rows.append({"model": name, "seed": seed, "tokens": tokens, "flops": f"{flops:.6g}", "loss": loss})
-            print(rows[-1], flush=True)
-    known = [r for r in csv.DictReader(open(path)) if int(r["seed"]) != seed] if path.exists() else []
-    rows = sorted([*known, *rows], key=lambda r: (r["model"], int(r["seed"]), int(r["tokens"])))
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(path):
-    """({(model, seed): [(tokens, loss, FLOPs)]}, seeds) of such a CSV."""
-    curves = {}
-    for r in csv.DictReader(open(path)):
-        curves.setdefault((r["model"], r["seed"]), []).append((int(r["tokens"]), float(r["loss"]), float(r["flops"])))
-    return curves, sorted({seed for _, seed in curves})
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

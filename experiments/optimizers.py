@@ -1,74 +1,68 @@
 """Muon against AdamW, each at its best rate: loss at equal tokens and at equal seconds, and what a step costs.
 
-    python experiments/optimizers.py run [--seeds 1 2 3]      # a second call goes on
-    python experiments/optimizers.py speed                    # on a quiet machine: seconds a step, the two in turn
-    python experiments/optimizers.py show                     # the tables, from optimizers.csv and optimizer_speed.csv
+    python experiments/optimizers.py run [--seeds 1 2 3] [--share 1/2]     # about 2.5 core-hours; a second call goes on
+    python experiments/optimizers.py speed                                 # on a quiet machine: seconds a step, in turn
+    python experiments/optimizers.py show                                  # the tables
 
-In the setting of ladder.py: trunks at a constant rate and a decay for each budget. Differences are paired by seed: same
-text, same first weights. Rates are the best of rates.py at 1 million tokens. "At equal seconds" reads AdamW's loss off
-at the budget that it finishes in the time that Muon takes, linearly in the logarithm.
+A dense model and a mixture, for 1 to 8 M bytes of Python: trunks at a constant rate, and a decay for each budget, as in
+papers.py. "At equal seconds" reads AdamW's loss off at the budget that it finishes in the time that Muon takes.
 """
 
-import csv
 import statistics
 import time
 
-import torch
-from ladder import ROOT, SHAPE, M, at, cell, folder, in_turn, ladder, main, read, stepper, write
+from ladder import SETTING, M, append, cell, in_turn, pick, read_rows, stepper
+from papers import climb, experiment, model_flags
+from verdict import less, load, markdown, seeds, select, verdict
 
-TABLE, SPEED = ROOT / "experiments/optimizers.csv", ROOT / "experiments/optimizer_speed.csv"
-MODELS = {  # name: flags, rate of AdamW, rate of Muon, budgets
-    "dense": ([], 0.0055, 0.0083, (M, 2 * M, 4 * M, 8 * M)),
-    "8x2": (["--experts", "8", "--top-k", "2"], 0.0049, 0.0075, (M, 2 * M, 4 * M)),
-}
-SPEEDS = {  # name: flags
-    "default": "",
-    "256 x 6": "--hidden-size 256 --num-hidden-layers 6 --batch-tokens 4096",
-    "default, 8x2": "--experts 8 --top-k 2",
-}
+MODELS = pick(
+    tiny={"16x1": [4096, 8192], "16x1 4x2": [4096]},
+    cpu={"64x3": [M, 2 * M, 4 * M, 8 * M], "64x3 8x2": [M, 2 * M, 4 * M]},
+    gpu={"256x4": [8 * M, 16 * M, 32 * M], "256x4 8x2": [8 * M, 16 * M, 32 * M]},
+)
+STEPS = {**{shape: SETTING for shape in MODELS}, "256x6": (*SETTING, "--batch-tokens", "4096")}  # to be timed
 
 
-def run(seed, out):
-    ladders = {}
-    for name, (flags, *rates, budgets) in MODELS.items():
-        for optimizer, lr in zip(("adamw", "muon"), rates):
-            given = [*SHAPE, *flags, "--seed", seed, "--optimizer", optimizer, "--lr", lr]
-            key = f"{name}, {optimizer}"
-            ladders[key] = ladder(folder(out / "optimizers", key, seed), budgets, *given)
-            write(TABLE, seed, ladders)
+def plan(seeds):
+    return [run for seed in seeds for shape, budgets in MODELS.items() for optimizer in ("muon", "adamw")
+            for run in climb("trained", shape, budgets, seed, optimizer)]  # fmt: skip
 
 
-def speed(rounds=25):
-    """Seconds of a whole step of train.py, in turn."""
+def speed(path, _, rounds=25):
+    """Seconds of a whole step of train.py, the optimizers and shapes in turn, on all threads."""
+    import torch
+
     steps = {}
-    for name, flags in SPEEDS.items():
+    for shape, setting in STEPS.items():
         for optimizer in ("adamw", "muon"):
-            steps[name, optimizer], s = stepper([*flags.split(), "--optimizer", optimizer])
-    seconds = in_turn(steps, rounds, time.perf_counter)
-    with open(SPEED, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["model", "optimizer", "seconds_a_step", "lowest", "highest", "dtype", "threads"])
-        for key, t in seconds.items():
-            row = [f"{x:.4f}" for x in (statistics.median(t), min(t), max(t))]
-            writer.writerow([*key, *row, s.dtype, torch.get_num_threads()])
+            steps[shape, optimizer], s = stepper([*setting, *model_flags(shape), "--optimizer", optimizer])
+    path.unlink(missing_ok=True)
+    for (shape, optimizer), t in in_turn(steps, rounds, time.perf_counter).items():
+        t = {"seconds_a_step": statistics.median(t), "lowest": min(t), "highest": max(t)}
+        row = {"shape": shape, "optimizer": optimizer} | {name: f"{value:.4f}" for name, value in t.items()}
+        append(path, row | {"dtype": s.dtype, "threads": torch.get_num_threads()})
 
 
-def show():
-    curves, seeds = read(TABLE)
-    seconds = {(r["model"], r["optimizer"]): float(r["seconds_a_step"]) for r in csv.DictReader(open(SPEED))}
-    print("| step of Muon / of AdamW | " + " | ".join(SPEEDS) + " |\n|" + "---|" * (1 + len(SPEEDS)))
-    ratios = [seconds[name, "muon"] / seconds[name, "adamw"] for name in SPEEDS]
-    print("| | " + " | ".join(f"{r:.2f}" for r in ratios) + " |\n")
-    print(f"| seeds {', '.join(seeds)} | tokens | AdamW | Muon | less AdamW | at equal seconds |\n|" + "---|" * 6)
-    for name, (*_, budgets) in MODELS.items():
-        slower = ratios[0 if name == "dense" else 2]
-        for i, tokens in enumerate(budgets):
-            adamw, muon = ([curves[f"{name}, {o}", seed] for seed in seeds] for o in ("adamw", "muon"))
-            pairs = [(m[i][1], a[i][1], at(a, m[i][2] * slower)) for m, a in zip(muon, adamw)]
-            cells = [cell([a for _, a, _ in pairs], ""), cell([m for m, *_ in pairs], "")]
-            cells += [cell([m - a for m, a, _ in pairs]), cell([m - a for m, _, a in pairs])]
-            print(f"| {name} | {tokens // M} M | {' | '.join(cells)} |")
+def show(home):
+    rows, steps = load(home), read_rows(home / "seconds.csv")
+    taken = {(row["shape"], row["optimizer"]): float(row["seconds_a_step"]) for row in steps}
+    if taken:
+        ratios = {row["shape"]: taken[row["shape"], "muon"] / taken[row["shape"], "adamw"] for row in steps}
+        markdown([f"a step, {steps[0]['dtype']}, {steps[0]['threads']} threads", *ratios],
+                 [["of Muon / of AdamW", *(f"{ratio:.2f}" for ratio in ratios.values())]])  # fmt: skip
+    for row in rows:
+        row["seconds"] = row["D"] * taken.get((row["shape"], row["optimizer"]), float("nan"))
+    table = []
+    for shape, budgets in MODELS.items():
+        for budget in budgets:
+            adamw, muon = (dict(shape=shape, optimizer=name) for name in ("adamw", "muon"))
+            losses = [[row["L"] for row in select(rows, budget=budget, **which)] for which in (adamw, muon)]
+            apart = [less(rows, muon | dict(budget=budget), adamw, x) for x in ("D", "seconds")]
+            cells = [*(cell(L, "") for L in losses), verdict(apart[0]), cell(apart[1])]
+            table.append([shape, f"{budget / M:g} M", *cells])
+    heads = [f"{len(seeds(rows))} seeds", "tokens", "AdamW", "Muon", "less AdamW (95 %)", "at equal seconds"]
+    markdown(heads, table)
 
 
 if __name__ == "__main__":
-    main(__doc__, run, speed=speed, show=show)
+    experiment("optimizers", __doc__, plan, show, timed=speed)

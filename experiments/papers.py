@@ -1,7 +1,7 @@
 """What the six scripts of the papers share: a list of runs, the sweeps of the rate, work that terminals divide.
 
-The six are dense, granularity, upcycling, recipes, stacking and continual. A script lists its runs (`plan`), and this
-file does the rest. A run that is whole is not run again, so a second call goes on.
+The six are dense, granularity, upcycling, recipes, stacking and continual; optimizers.py works alike. A script lists
+its runs (`plan`), and this file does the rest. A run that is whole is not run again, so a second call goes on.
 
     python experiments/dense.py plan                    # the runs in their order, and about how long they take
     python experiments/dense.py run --share 1/2         # in one terminal, and --share 2/2 in another
@@ -82,7 +82,7 @@ def snapshot(tokens):
 
 
 def climb(arm, shape, budgets, seed, optimizer="muon", flags=(), parent=None, also=(), rate=None, part=1.0):
-    """[Run]: a trunk and a branch for each budget in tokens, as in `ladder`; one run if there is one budget.
+    """[Run]: a trunk at a constant rate, and a branch that decays for each budget in tokens; one run if there is one.
 
     parent: (run, its tokens or None for its end) to start from, else a new model of that shape. also: tokens at which
     the trunk is kept besides; it need not have budgets. rate: another arm's sweep, of which it takes the `part`."""
@@ -288,9 +288,9 @@ def home_of(name):
     return pick(Path("out/tiny", name), ROOT / "experiments" / name, ROOT / "experiments" / name / "gpu")
 
 
-def experiment(name, doc, plan, show, before=lambda: None, argv=None):
-    """The command line of one of the six: plan(seeds) lists the runs [Run], show(home) prints from the tables in the
-    folder `home`, before() is called before the first run."""
+def experiment(name, doc, plan, show, before=lambda: None, timed=speed, argv=None):
+    """The command line of a script: plan(seeds) lists the runs [Run], show(home) prints from the tables in the folder
+    `home`, before() is called before the first run, timed(path, shapes) writes seconds.csv."""
     parser = ladder.get_parser(doc, ("plan", "run", "speed", "show"))
     parser.add_argument("--share", default="1/1", help="1/2 and 2/2 in two terminals divide the work (default: all)")
     default = Path("out/papers", ladder.SCALE, name)
@@ -302,7 +302,7 @@ def experiment(name, doc, plan, show, before=lambda: None, argv=None):
             before()
             work(listed, home, args.out, share)
         case "speed":
-            speed(home / "seconds.csv", list(dict.fromkeys(run.shape for run in listed)))
+            timed(home / "seconds.csv", list(dict.fromkeys(run.shape for run in listed)))
         case "show":
             try:
                 show(home)

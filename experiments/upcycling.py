@@ -79,6 +79,15 @@ def show(home):
         heads = [f"{size}, D1", "D2", "L upcycled", "less scratch, equal D2", "equal FLOPs, D1 counted"]
         markdown([*heads, "less dense trained on, equal tokens", "equal FLOPs", "equal seconds"], table)
 
+    table = []
+    for size in SIZES:
+        for budget in D2S:
+            mixture = dict(arm="scratch", shape=f"{size} 8x2", budget=budget)
+            apart = [less(muon, mixture, dict(arm="dense", shape=size), x) for x in ("D", "flops_total", "seconds")]
+            losses = [row["L"] for row in select(muon, **mixture)]
+            table.append([size, f"{budget / M:g} M", cell(losses, ""), *map(cell, apart)])
+    markdown(["mixture from scratch", "tokens", "L", "less dense, equal tokens", "equal FLOPs", "equal seconds"], table)
+
     scratch = fit_law(select(muon, arm="scratch"), "upcycling", "moe")
     say_fit("mixture from scratch", scratch)
     up, alpha3 = select(muon, arm="upcycled"), lambda r: r["coefficients"]["alpha3"]

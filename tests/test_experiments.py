@@ -19,7 +19,7 @@ import verdict
 from papers import climb, divide, grown, needed, next_rate, spent
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-PAPERS = ("dense", "granularity", "upcycling", "recipes", "stacking", "continual")
+PLANS = ("dense", "granularity", "upcycling", "recipes", "stacking", "continual", "optimizers")
 
 
 def listed(name, seeds=(1, 2, 3)):
@@ -29,7 +29,7 @@ def listed(name, seeds=(1, 2, 3)):
 # ---- who trains what -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PLANS)
 def test_a_run_comes_after_what_it_starts_from_and_in_the_same_share(name):
     plan, before = listed(name), set()
     for n in (1, 2, 3):
@@ -42,20 +42,20 @@ def test_a_run_comes_after_what_it_starts_from_and_in_the_same_share(name):
         before.add(run.name)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PLANS)
 def test_runs_of_one_name_are_the_same_run_and_a_name_is_a_folder(name):
     runs, plan = importlib.import_module(name).plan([1, 2]), listed(name, [1, 2])
     assert all(run == plan[run.name] for run in runs)
     assert all(Path(run.name).name == run.name and not {*" ,:"} & {*run.name} for run in runs)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PLANS)
 def test_all_sizes_come_at_the_first_seed_before_any_at_the_second(name):
     seeds = [run.name.split("_muon_")[1][0] for run in listed(name).values() if "_muon_" in run.name]
     assert seeds == sorted(seeds)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PLANS)
 def test_the_first_run_of_a_sweep_is_that_of_the_first_seed(name):
     """So no share waits for a rate of a run that comes later."""
     plan = listed(name)
@@ -64,7 +64,7 @@ def test_the_first_run_of_a_sweep_is_that_of_the_first_seed(name):
         assert first.flags[first.flags.index("--seed") + 1] == 1
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PLANS)
 def test_two_shares_take_about_the_same_time(name):
     plan = listed(name)
     owner, load = divide(plan, 2), [0.0, 0.0]
@@ -235,6 +235,23 @@ def test_a_committed_table_is_enough_for_the_verdict_and_the_figure(name, tmp_pa
     assert (tmp_path / "figure.png").stat().st_size > 10000
     for text in says:
         assert text in said, said
+
+
+def test_an_optimizer_is_judged_at_equal_tokens_and_at_equal_seconds(tmp_path, capsys):
+    """A step of Muon that takes 1.6 times as long: AdamW reads 1.6 times as much meanwhile."""
+    module = importlib.import_module("optimizers")
+    invent("optimizers", tmp_path, lambda row: 3 - 0.1 * math.log(row["D"]) - 0.05 * (row["optimizer"] == "muon"), 0)
+    (tmp_path / "seconds.csv").unlink()
+    for shape in module.STEPS:
+        for optimizer, taken in (("adamw", 1.0), ("muon", 1.6)):
+            row = dict(shape=shape, optimizer=optimizer, seconds_a_step=taken, dtype="float32", threads=2)
+            ladder.append(tmp_path / "seconds.csv", row)
+    module.show(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert "| of Muon / of AdamW | 1.60 | 1.60 | 1.60 |" in said
+    first = next(line for line in said if line.startswith("| 64x3 | 1 M"))
+    assert "| -0.05 (-0.05 to -0.05) | -0.003 ± 0.000 |" in first  # -0.05 + 0.1 ln 1.6
+    assert any("outside" in line for line in said)  # AdamW was not trained for longer than Muon
 
 
 def test_six_panels_from_six_tables(tmp_path, monkeypatch):
