@@ -7,7 +7,7 @@ Depth. The new layers are a list of old ones. A factor makes the list, or `--lay
 
     direct    0 1 2 0 1 2       The stack again: another function. The paper's best start (but not at once: see 1).
     zero      0 0' 1 1' 2 2'    A copy ' whose o_proj and down_proj are 0: it adds nothing until they have learned.
-    random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output; c goes from 0 to 1 in training.
+    random    0 * 1 * 2 *       A block * of random numbers. It adds c times its output: mask.py takes c from 0 to 1.
 
 Width. The width d becomes D = k d: hidden size, MLP, number of heads. Size of a head, vocabulary and experts stay. W is
 any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numbers, as large as W's. [W; W]: W twice.
@@ -16,7 +16,7 @@ any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numb
     zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
     random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1]
 
-A mask multiplies the new by c. open = d + c (D - d) dimensions count. New gains may be 1: at first they multiply 0.
+mask.py multiplies the new by c. open = d + c (D - d) dimensions count. New gains may be 1: at first they multiply 0.
 
 Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
@@ -55,7 +55,6 @@ import signal
 import sys
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from shlex import quote
 
 if __name__ == "__main__":
@@ -67,7 +66,7 @@ from safetensors import SafetensorError
 
 import checkpoint
 import model
-from checkpoint import at_layer, place, unpack
+from checkpoint import at_layer, place
 from operators import SHARD_SIZE, Operator, apply_to_folder, apply_to_module
 from tables import Parser
 
@@ -182,7 +181,7 @@ def depth(name, entry, config):
     fresh = lambda W: random_numbers(name, W.shape, entry["seed"], like=W)
     zeros, ones = torch.zeros_like, torch.ones_like
     drawn = {"scores": fresh, "reader": fresh, "router": fresh, "bias": zeros, "gain": ones, "head gain": ones,
-             "writer": zeros}[what]  # fmt: skip  # `Mask` draws the writers
+             "writer": zeros}[what]  # fmt: skip  # mask.py draws the writers
     copied = zeros if what == "writer" else same
     return names, {"direct": same, "zero": copied, "random": drawn}[entry["operator"]]
 
@@ -224,7 +223,7 @@ def width_insert(name, entry, config):
         if entry["operator"] == "zero":
             bordered = random_numbers(name, shape, entry["seed"], like=W)
         else:
-            bordered = W.new_zeros(shape)  # of random, `Mask` draws them
+            bordered = W.new_zeros(shape)  # of random, mask.py draws them
         bordered[:rows, :columns] = W * scale
         bordered[rows:, :columns] = 0
         return bordered
@@ -262,7 +261,7 @@ def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=
 
 
 def grow(module, axis="depth", operator="direct", factor=2, layers=None, seed=1):
-    """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see Mask).
+    """A new model.Transformer grown from `module`, which stays as it is; by operator random at c = 0 (see mask.py).
     layers: a list of source layers, in the place of depth's factor. Depth keeps the dtype, width makes it fp32.
     Raises ValueError as `growth`. `grow_folder` gives the same weights, bit for bit."""
     return apply_to_module(module, growth(module.config, axis, operator, factor, layers, seed))
@@ -283,84 +282,6 @@ def describe(target, config, entry, stored, dtype):
     kept = f"{dtype} as in the source" if dtype == stored else f"{dtype}: not exact in the source's {stored}"
     pairs = f", R_c {retention(entry['layers']):.1%}" if entry["axis"] == "depth" else ""
     return f"{target}: {config.num_hidden_layers} layers of width {config.hidden_size}{pairs}, {kept}"
-
-
-# ---- random: the mask -----------------------------------------------------------------------------------------------
-
-
-class Mask:
-    """Opens what operator random has closed, in `updates` updates: `train.py --mask-steps` (MSG, 2305.02869).
-
-    module: as grown, at c = 0. entry: that of its lineage that grew it. draw: draw the raw numbers behind the mask (not
-    if `module` holds them, as in a resumed run). The optimizer and a state dict see raw numbers, under the usual names.
-    The forward pass sees mask x raw: a masked layer gets a class of its own, in which its `weight` is a property."""
-
-    def __init__(self, module, entry, updates, draw=True):
-        self.module, self.entry, self.updates, self.masked = module, entry, updates, []
-        self.c = torch.zeros_like(module.lm_head.weight[0, 0])  # a scalar on the model's device, in its dtype
-        state = module.state_dict()
-        closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
-        tensors = dict(unpack(module.config, state))  # views, as `where`: writing into them writes into the state
-        for name, where in unpack(module.config, closed):
-            self.close(name, where)
-            if draw and where.any():
-                self.fill(name, where, tensors)
-        if module.config.tie_word_embeddings:
-            closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
-        for name, where in closed.items():
-            if where.any():
-                owner, _, attribute = name.rpartition(".")
-                self.hide(module.get_submodule(owner), attribute, where)
-
-    def close(self, name, where):
-        """Sets `where`, False in the shape of tensor `name`, to True where operator random has added something."""
-        k, what = self.entry["factor"], role(name)
-        if self.entry["axis"] == "depth":
-            where[:] = what == "writer" and is_added(name, self.entry["layers"])
-        elif what != "head gain":
-            where[..., round(where.shape[-1] / k) :] = True  # columns; of a vector, its new entries
-            if what in ("scores", "reader", "writer"):
-                where[round(len(where) / k) :] = True  # rows
-
-    def fill(self, name, where, tensors):
-        """Draws what lies behind the mask: numbers as large as those they join, gains of 1. Biases stay 0."""
-        t, layers = tensors[name], self.entry["layers"]
-        match role(name):
-            case "bias":
-                return
-            case "gain" | "last gain":
-                t *= math.sqrt(self.entry["factor"])  # width only; the mask divides by it again while c is 0
-                t[where] = 1
-            case _:
-                if layers:  # depth: a block that is all new, like the one that it follows
-                    like = tensors[at_layer(name, layers.index(layers[place(name).layer]))]
-                else:
-                    like = t[~where]
-                t[where] = random_numbers(name, t.shape, self.entry["seed"], like)[where]
-
-    def hide(self, owner, attribute, where):
-        """From now on owner.attribute is mask x raw. Weight and bias nest their classes; `open` unwinds in reverse."""
-        c, k, plain = self.c, self.entry["factor"], type(owner)
-
-        def masked(self):  # as a property of the class it wins over nn.Module's __getattr__
-            raw = self._parameters[attribute]
-            if isinstance(self, model.RMSNorm):
-                return raw * ((1 + c * (k - 1)) / k).sqrt()  # sqrt(open / D): the norm is over the open dimensions
-            return torch.where(where, c * raw, raw)
-
-        owner.__class__ = type(plain.__name__, (plain,), {attribute: property(masked)})
-        self.masked.append((owner, plain))
-
-    def open(self, update):
-        """Sets c to what it is after so many updates. At c = 1 mask x raw is raw, and the mask goes away."""
-        self.c.fill_(min(1.0, update / self.updates))
-        while self.masked and update >= self.updates:
-            owner, plain = self.masked.pop()
-            owner.__class__ = plain
-
-    def effective(self):
-        """{parameter: mask x raw}, what a folder holds."""
-        return {name: attrgetter(name)(self.module) for name in self.module.state_dict()}
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -51,12 +51,13 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import grow
+import horizon
 import model
 import muon
 import operators
 import runs
 import settings
+from mask import Mask
 from ranks import Ranks, Signals
 from record import Record
 
@@ -197,7 +198,7 @@ def main(argv=None):
         return 0
     device = ranks.join(device, s.fsdp)
     if s.dtype == "auto":
-        s.dtype = "bfloat16" if settings.fast_bf16(device) else "float32"
+        s.dtype = "bfloat16" if horizon.fast_bf16(device) else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16) if s.dtype == "bfloat16" else nullcontext()
     compiled = s.compile
     if compiled is None:
@@ -208,7 +209,7 @@ def main(argv=None):
     module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
-        steps, snapshots = settings.horizon(s, config, sizes, flops_per_token, device, ranks.world, lineage)
+        steps, snapshots = horizon.complete(s, config, sizes, flops_per_token, device, ranks.world, lineage)
     except ValueError as error:
         fail(error)
     s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ
@@ -219,7 +220,7 @@ def main(argv=None):
     ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
     step, mask = state["step"] if kind == "resume" else 0, None
     if step < (s.mask_steps or 0):  # the mask is that of grow.py's entry: the last before this run's own
-        mask = grow.Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
+        mask = Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
         mask.open(step)
 
     # data

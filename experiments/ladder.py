@@ -97,6 +97,7 @@ def stepper(flags, device="cpu"):
     sys.path.insert(0, str(ROOT))
     import torch
 
+    import horizon
     import settings
     import train as trainer
     from ranks import Ranks
@@ -105,8 +106,8 @@ def stepper(flags, device="cpu"):
     device = ranks.join(torch.device(device), fsdp=False)
     start = settings.settle(*settings.read_flags(settings.get_parser(), [*flags, "--out", "out/not-made"]), 1)
     s, module = start.settings, trainer.build(start, ranks)
-    s.dtype = "bfloat16" if settings.fast_bf16(device) else "float32"
-    settings.horizon(s, start.config, module.num_parameters(), 1, device, 1)
+    s.dtype = "bfloat16" if horizon.fast_bf16(device) else "float32"
+    horizon.complete(s, start.config, module.num_parameters(), 1, device, 1)
     if device.type == "cuda":
         trainer.compile_blocks(module)
     optimizers = trainer.get_optimizers(dict(module.named_parameters()), s, {}, ranks)

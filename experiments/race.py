@@ -37,7 +37,7 @@ from nanogpt import CONTEXT, evaluate, get_corpus
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint
-import settings
+import horizon
 
 PROBE = 200_000  # tokens of the run that is not counted
 
@@ -166,7 +166,7 @@ def main():
     add("--table", type=Path, default=ROOT / "experiments/race.csv", help="where rows go (default: %(default)s)")
     add("--out", type=Path, help="folder that keeps the runs of ours (default: they are thrown away)")
     args, flags = parser.parse_args(given[:cut]), " ".join(given[cut + 1 :])
-    auto = "bfloat16" if settings.fast_bf16(torch.device("cpu")) else "float32"  # as train.py decides
+    auto = "bfloat16" if horizon.fast_bf16(torch.device("cpu")) else "float32"  # as train.py decides
     dtypes = dict.fromkeys(auto if dtype == "auto" else dtype for dtype in args.dtype)
     ours = [Racer("regrow", dtype, flags, torch.get_num_threads()) for dtype in dtypes]
     racers = [Racer("nanoGPT", "float32", "", torch.get_num_threads()), *ours]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import checkpoint
 import grow
-import settings
+import horizon
 import train
 from model import Config, Transformer
 from ranks import Ranks
@@ -186,10 +186,10 @@ def test_the_automatic_micro_batch_fills_the_memory_and_never_more(experts):
     with torch.device("meta"):
         sizes = Transformer(config).num_parameters()
     memory = 80e9 - 20 * sizes["N_active"]
-    windows = settings.default_micro_batch(config, 2048, 64, memory)
+    windows = horizon.default_micro_batch(config, 2048, 64, memory)
     used = 12 * 16 * (2048 + (2 if experts else 1) * 8192) * 2048 * windows
     assert memory / 2 < used <= memory
-    assert settings.default_micro_batch(config, 2048, 64, -1.0) == 1  # one window at least
+    assert horizon.default_micro_batch(config, 2048, 64, -1.0) == 1  # one window at least
 
 
 # ---- compiled blocks ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import horizon
 import model
 import settings
 import train
@@ -209,7 +210,7 @@ def test_the_parsed_flags_stay_as_they_were_given(flags, here):
     start = settings.settle(args, given, 1)
     module = model.Transformer(start.config)
     sizes, flops = module.num_parameters(), module.flops_per_token(start.settings.context)
-    settings.horizon(start.settings, start.config, sizes, flops, torch.device("cpu"), 1)
+    horizon.complete(start.settings, start.config, sizes, flops, torch.device("cpu"), 1)
     assert (vars(args), given) == before
 
 
@@ -218,7 +219,7 @@ def test_evaluations_cost_a_small_part_of_a_run_of_any_length(steps, evaluations
     """An evaluation reads 131,072 tokens, as 64 steps do: at a third of their cost."""
     start = settle("--data", "a.txt", "--tokens", steps * 2048)
     sizes = model.Transformer(start.config).num_parameters()
-    assert settings.horizon(start.settings, start.config, sizes, 1, torch.device("cpu"), 1)[0] == steps
+    assert horizon.complete(start.settings, start.config, sizes, 1, torch.device("cpu"), 1)[0] == steps
     every, save = start.settings.eval_every, start.settings.save_every
     assert len({*range(every, steps, every), steps}) == evaluations
     assert min(steps, 5) <= len({*range(save, steps, save), steps}) <= 10
@@ -226,14 +227,14 @@ def test_evaluations_cost_a_small_part_of_a_run_of_any_length(steps, evaluations
 
 def test_the_automatic_rate_of_a_run_that_goes_on_falls_with_its_share_of_the_whole_way():
     def rate(steps, *tokens):
-        return settings.continued_lr("muon", 1e6, 2048, steps, [{"step": "train", "tokens": t} for t in tokens])
+        return horizon.continued_lr("muon", 1e6, 2048, steps, [{"step": "train", "tokens": t} for t in tokens])
 
-    alone = lambda steps: settings.auto_lr("muon", 1e6, 2048 * steps, steps)
+    alone = lambda steps: horizon.auto_lr("muon", 1e6, 2048 * steps, steps)
     assert rate(100) == alone(100)
     assert rate(100, 2048 * 300) == rate(100, 2048 * 100, 2048 * 200) == pytest.approx(alone(400) / 2)
     assert rate(100, 2e12) == rate(100, None) == rate(100, None, 2048) == pytest.approx(alone(1000) / 10**0.5)
-    adamw = settings.continued_lr("adamw", 1e6, 2048, 100, [{"step": "upcycle"}, {"step": "train", "tokens": 204800}])
-    assert adamw == pytest.approx(settings.auto_lr("adamw", 1e6, 409600, 200) / 2**0.5)
+    adamw = horizon.continued_lr("adamw", 1e6, 2048, 100, [{"step": "upcycle"}, {"step": "train", "tokens": 204800}])
+    assert adamw == pytest.approx(horizon.auto_lr("adamw", 1e6, 409600, 200) / 2**0.5)
 
 
 def test_a_run_that_goes_on_has_a_lower_automatic_rate_than_a_new_one(here):
@@ -241,8 +242,8 @@ def test_a_run_that_goes_on_has_a_lower_automatic_rate_than_a_new_one(here):
     for flags in (("--data", "a.txt"), ("--init", "trunk")):
         start = settle(*flags, "--tokens", 1024, "--batch-tokens", 256)
         sizes = model.Transformer(start.config).num_parameters()
-        settings.horizon(start.settings, start.config, sizes, 1, torch.device("cpu"), 1, start.lineage)
-        of = settings.continued_lr("muon", sizes["N_active"], 256, 4, start.lineage)
+        horizon.complete(start.settings, start.config, sizes, 1, torch.device("cpu"), 1, start.lineage)
+        of = horizon.continued_lr("muon", sizes["N_active"], 256, 4, start.lineage)
         assert start.settings.lr == pytest.approx(of, rel=0.05)
         rates.append(start.settings.lr)
     assert rates[1] < 0.9 * rates[0]

@@ -1,0 +1,97 @@
+"""What follows from the length of a run and from its device: steps, learning rate, micro-batch, number format.
+
+    steps    tokens, or FLOPs / FLOPs a token, or tokens a parameter x N_active; over the tokens of a step
+    rate     Muon: 1.2 N^-1/4 steps^-0.3.   AdamW: 0.45 N^-0.713 D^0.307.   After a parent: that of the whole way, less
+
+By hand: N = 160,384 (3 layers of 64: `train.py --hidden-size 64`), 2.5 M tokens in 1,221 steps, Muon: N^-1/4 = 0.0500,
+1,221^-0.3 = 0.1186, so 1.2 x 0.0500 x 0.1186 = 0.0071. Then half a million tokens more, 244 steps: the whole way has
+1,465 steps, for which the rule says 0.0067. Of it 244 / 1,465 = 0.17 is new, and the root of that is 0.41. So 0.0027.
+"""
+
+import math
+
+import torch
+
+
+def fast_bf16(device):
+    """Whether the hardware multiplies bf16 matrices faster than fp32 ones."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        case "cpu":
+            has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    return False
+
+
+def memory_for_activations(device, sizes, shards):
+    """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): weights, gradients and two moments in fp32,
+    and copies in bf16. On a CPU not much, as what is near the caches is fastest; elsewhere 16 GB, a guess."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
+        case "cpu":
+            return 0.18e9
+    return 16e9
+
+
+def default_micro_batch(config, context, windows, memory):
+    """The largest divisor of a rank's windows that fits into `memory` bytes. In each layer a token keeps about 12 bytes
+    for every number of its residual stream and of its MLPs."""
+    width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
+    most = memory / (12 * config.num_hidden_layers * width * context)
+    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
+
+
+def auto_lr(optimizer, N, D, steps):
+    """The highest rate for N parameters (N_active) and D tokens in so many steps; from experiments/rates.csv: 0.03
+    to 3 M parameters, 0.5 to 4 M tokens. AdamW: the Step Law (2503.04715) with a quarter of its factor of 1.79.
+    Muon: a fit. N^-0.25 is width^-0.5: beside its matrix an orthogonal update grows as the root of the width."""
+    fitted = 0.45 * N**-0.713 * D**0.307 if optimizer == "adamw" else 1.2 * N**-0.25 * steps**-0.3
+    return min(0.02, fitted)  # nothing above was tried to advantage
+
+
+def continued_lr(optimizer, N, batch_tokens, steps, lineage):
+    """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the root of the share that is
+    new. A model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it
+    back; new text wants a higher one than more of the old (experiments/LOG.md). What came before counts for nine times
+    this run at most, and so does an unknown number."""
+    tokens = [step["tokens"] for step in lineage if "tokens" in step]
+    before = 9 * steps if None in tokens else min(9 * steps, sum(tokens) / batch_tokens)
+    whole = before + steps
+    return auto_lr(optimizer, N, whole * batch_tokens, whole) * math.sqrt(steps / whole)
+
+
+def check_rate(s):
+    if not s.min_lr <= s.lr > 0:
+        raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
+
+
+def complete(s, config, sizes, flops_per_token, device, world, lineage=()):
+    """(steps of the run, the steps that --save-at means). Fills in what is counted in steps, and the micro-batch.
+    lineage: what came before the run. Raises ValueError for what does not fit into the run."""
+    tokens = s.tokens
+    if s.flops is not None:
+        tokens = s.flops / flops_per_token
+    elif s.tokens_per_param is not None:
+        tokens = s.tokens_per_param * sizes["N_active"]
+    steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
+    windows = s.batch_tokens // s.context // world  # of a rank in a step
+    memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
+    if s.lr == "auto":
+        n = max(1, steps)  # a run of no steps only evaluates
+        s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
+        check_rate(s)
+    s.warmup = steps // 50 if s.warmup is None else s.warmup
+    # to read a token costs a third of training on it: all evaluations a twelfth of the run
+    evaluations = min(10, max(1, steps * s.batch_tokens // (4 * s.eval_tokens)))
+    s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
+    s.save_every = s.save_every or max(1, math.ceil(steps / 10))
+    if steps and steps < (s.mask_steps or 0):
+        raise ValueError(f"--mask-steps {s.mask_steps} is beyond the run's {steps} steps (it would never be open)")
+    snapshots = {round(t / s.batch_tokens) for t in s.save_at}
+    if snapshots and not 0 < min(snapshots) <= max(snapshots) <= steps:
+        right = f"from one step, {s.batch_tokens:,}, to {steps * s.batch_tokens:,} tokens"
+        raise ValueError(f"--save-at {max(s.save_at):,} is not within the run ({right})")
+    return steps, snapshots
