@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import sources
 import tokenizer
-from sources import describe, is_ready, parse_spec, read_documents
+from sources import describe, is_ready, parse_spec, read_documents, split_spec
 from tables import Parser
 from tokenizer import load_tokenizer, need, plain_errors, refuse, stable_hash
 
@@ -285,6 +285,11 @@ class Reader:
         return inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
 
 
+def same_corpora(spec, other):
+    """Whether two specifications have the same names and weights, wherever their text lies."""
+    return [(name, weight) for name, _, weight in split_spec(spec)] == [(n, w) for n, _, w in split_spec(other)]
+
+
 def same_text(step, corpora):
     """Raises ValueError if a corpus is not the text that this step of a lineage has read."""
     for corpus in corpora:
@@ -293,7 +298,7 @@ def same_text(step, corpora):
             change = f"it was {past['source']}, it is {about['source']}"
             if past["source"] == about["source"]:
                 change = f"{about['source']} has other bytes"
-            right = "the old text, or --init to go on with the new one"
+            right = "the old text: --data says where it lies; or --init to go on with the new one"
             raise ValueError(f"the text of {corpus.name} has changed: {change} ({right})")
 
 

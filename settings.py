@@ -49,7 +49,8 @@ SHAPE = (
 )  # fmt: skip
 FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
     # flag: given, or its default       either: given, or else the parent's
-    # folder: from config.json          parent: the parent's; giving it is an error (--resume lets an equal value pass)
+    # folder: from config.json          parent: the parent's; giving it is an error (--resume lets an equal value pass,
+    #                                   and --data may say where the same text lies now)
     SHAPE: ("flag", "folder", "folder", "parent"),
     ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
     ("batch_tokens", "optimizer", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
@@ -230,6 +231,8 @@ def settle(args, given, world):
         named, lineage = read_lineage(folder, args.source_tokens)
     stored = state["settings"] if state else last_settings(lineage)
     s = inherit(kind, args, given, stored)
+    if state:
+        find_text(s.data)
     match kind:
         case "new":
             tokenizer = load_tokenizer(s.tokenizer or "bytes")
@@ -269,6 +272,8 @@ def inherit(kind, args, given, stored):
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
             settled = given.get(name) in (before, "auto")  # what auto was, the run knows
+            if name == "data" and way == "parent" and name in given and data.same_corpora(value, before):
+                way = "either"  # the text may have moved: that it is the same is checked when it is read
             if way == "parent" and name in given and (kind == "branch" or not settled):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
                 raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
@@ -339,6 +344,14 @@ def finish(kind, s, given, config, tokenizer):
         s.tokens = 2_500_000
     if s.lr != "auto":  # here and not in check_flags: a branch has the trunk's lr
         horizon.check_rate(s)
+
+
+def find_text(spec):
+    """Raises FileNotFoundError, with the way out, if the text of a run that goes on is not where it was."""
+    try:
+        data.parse_spec(spec)
+    except FileNotFoundError as lost:
+        raise FileNotFoundError(f"{lost}; if it has moved, --data says where it is now") from None
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

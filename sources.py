@@ -49,6 +49,11 @@ JSON_LINES = (".jsonl", ".ndjson")  # endings, in any case
 def parse_spec(spec):
     """`[name=]source[:weight],...` -> [(name, source, weight or None, files)]. Reads no text, creates nothing.
     ValueError or FileNotFoundError: a part, name or weight that cannot be used."""
+    return [(name, source, weight, list_files(source)) for name, source, weight in split_spec(spec)]
+
+
+def split_spec(spec):
+    """The same without the files, which need not be there."""
     corpora = []
     for part in spec.split(","):
         # name= of word characters only; :weight after the last colon, without / or :
@@ -61,8 +66,8 @@ def parse_spec(spec):
                 weight = float(weight)
             need(0 <= weight <= 1e9, f"weight {weight:g} of {source!r} (from 0 to 1e9; 0 only evaluates)")
         stem = Path(re.split(r"[*?[]", source)[0]).absolute().stem  # of a glob: what stands before the wildcards
-        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight, list_files(source)))
-    names, _, weights, _ = zip(*corpora)
+        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight))
+    names, _, weights = zip(*corpora)
     twice, times = Counter(names).most_common(1)[0]
     need(times == 1, f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
     if {*weights} != {None}:

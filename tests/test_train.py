@@ -711,7 +711,7 @@ def test_text_that_has_changed_is_not_gone_on_with_but_by_init_which_says_so(her
                 train.main(flags)
             line = capsys.readouterr().err.strip().split("\n")[-1]
             assert left.value.code == 2 and line.startswith(f"train.py: error: the text of {name} has changed: ")
-            assert "(the old text, or --init to go on with the new one)" in line
+            assert "(the old text: --data says where it lies; or --init to go on with the new one)" in line
             assert all(word in line for word in words)
         assert before == {p: p.stat().st_mtime_ns for p in Path("trunk").rglob("*")} and not Path("out").exists()
 
@@ -733,6 +733,31 @@ def test_text_that_has_changed_is_not_gone_on_with_but_by_init_which_says_so(her
     Path("seen.txt").write_bytes(text)
     run(texts, "--resume", "--out", "trunk/half")
     assert "has changed" not in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_its_text_lies_now(here, texts, capsys):
+    """From another folder, or after the text has moved: --data names the same corpora there, and their bytes count."""
+    text = (texts / "b.txt").read_bytes()[:12000]
+    Path("mine.txt").write_bytes(text)
+    Path("b.txt").write_bytes(text[:9000])
+    flags = ["--tokens", 256 * 4, "--save-at", 512, "--schedule", "constant", "--save-every", 2]
+    run(texts, "--data", "mine.txt:1,b.txt:0", *flags, "--out", "whole")
+    Path("elsewhere").mkdir()
+    Path("mine.txt").rename("elsewhere/mine.txt")
+
+    def error(*flags):
+        with pytest.raises(SystemExit):
+            train.main([*map(str, flags)])
+        return capsys.readouterr().err.strip().split("\n")[-1]
+
+    branch = ["--branch", "whole/step-2", "--tokens", 512, "--out", "branch"]
+    assert "no file in 'mine.txt'" in (lost := error(*branch)) and "--data says where it is now" in lost
+    assert "cannot be given" in error(*branch, "--data", "elsewhere/mine.txt:0.5,b.txt:0.5")
+    Path("mine.txt").write_bytes(text[::-1])
+    assert "the text of mine has changed" in error(*branch, "--data", "mine.txt:1,b.txt:0")
+    run(texts, *branch, "--data", "elsewhere/mine.txt:1,b.txt:0")
+    step = json.loads(Path("branch/run.json").read_text())["lineage"][-1]
+    assert step["data"]["mine"]["source"].endswith("elsewhere/mine.txt")
 
 
 def test_the_default_corpus_of_another_python_names_both_versions():
