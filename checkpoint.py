@@ -81,7 +81,9 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist (a checkpoint folder holds it)") from None
+        adapter = Path(path).with_name("adapter_config.json").exists()
+        right = "the folder holds a LoRA adapter: merge it into its base" if adapter else "a checkpoint folder holds it"
+        raise FileNotFoundError(f"{path} does not exist ({right})") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error} (a JSON file)") from None
     if not isinstance(value, dict):
@@ -181,6 +183,8 @@ def opened(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if Path(path).is_file() and open(path, "rb").read(24) == b"version https://git-lfs.":
+            error = "it is git's pointer to it (git lfs pull)"
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
@@ -350,6 +354,9 @@ def read_lineage(folder, source_tokens=None):
     lineage = run.get("lineage")
     if not isinstance(lineage, list) or not lineage or not all(isinstance(s, dict) and "step" in s for s in lineage):
         raise ValueError(f"{path} has no lineage (a list of steps)")
+    for count in [step.get("tokens") for step in lineage]:
+        if not isinstance(count, (int, float, type(None))):
+            raise ValueError(f"{path}: tokens {count!r} (a number)")
     if tokens is not None:
         if lineage[0]["step"] != "source":
             why = f"{path} knows its own tokens (leave it out: it is for a public source)"

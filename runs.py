@@ -136,7 +136,7 @@ def read_run(folder, corpus=None, smooth=1):
         corpora = [name.removesuffix("_loss") for name in (rows[0] if rows else ()) if name.endswith("_loss")]
         corpus = corpus or max(corpora, key=lambda name: weights.get(name, -1), default=None)
         if corpora and corpus not in corpora:
-            raise KeyError(f"it has no corpus {corpus}, but {', '.join(corpora)}")
+            raise FileNotFoundError(f"{folder} has no losses on {corpus} (--corpus {', '.join(corpora)})")
         tokens, flops = (column(evals, rows, name, least=0) for name in ("tokens", "flops"))
         L = column(evals, rows, f"{corpus}_loss")
         *before, last = about["lineage"]

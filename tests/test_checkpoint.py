@@ -80,6 +80,7 @@ def cut(path, n):
     path.write_bytes(path.read_bytes()[:n])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -103,6 +104,8 @@ BROKEN = {
     "missing tensor": (lambda f: tensors(f, lambda s: s.pop("model.norm.weight")), "lacks the tensor model.norm"),
     "truncated": (lambda f: cut(f / "model.safetensors", 5000), "not a whole safetensors file"),
     "truncated header": (lambda f: cut(f / "model.safetensors", 4), "not a whole safetensors file"),
+    "git's pointer": (lambda f: (f / "model.safetensors").write_text(POINTER), r"git's pointer to it \(git lfs pull\)"),
+    "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "LoRA adapter: merge it into"),
     "shard outside": (lambda f: shards(f, "../a.safetensors"), "outside the folder"),
     "shard missing": (lambda f: shards(f, "b.safetensors"), "b.safetensors is missing"),
     "partial index": (lambda f: shards(f, "a.safetensors"), None),

@@ -167,7 +167,7 @@ def test_bad_run_folders_are_refused(tmp_path, capsys, damage):
         "run.json": "damaged",
         "eval.csv": "no column",
         "text": "row 1",
-        "corpus": "latin",
+        "corpus": "a has no losses on latin (--corpus python, other)",
         "flops": "unknown FLOPs",
     }
     assert says[damage] in line

@@ -528,6 +528,7 @@ def own(folder):
 
 
 nothing = lambda folder: None
+MANY = {"step": "train", "tokens": "many"}
 BAD = {  # name: (what happens to the source, flags, words of the message)
     "as many experts as the mixture": (mixture, "", r"experts is 4, and the mixture has 4 \(8, 12 or"),
     "no folder": (shutil.rmtree, "", "is not a folder"),
@@ -542,6 +543,7 @@ BAD = {  # name: (what happens to the source, flags, words of the message)
     "whole numbers": (lambda f: tensors(f, lambda s: [s.update({n: s[n].char()}) for n in s]), "", "is I8 of shape"),
     "killed while saving": (killed, "", "train.py --resume --out"),
     "a torn run.json": (lambda f: checkpoint.write_json(f / "run.json", {"lineage": []}), "", "has no lineage"),
+    "tokens in words": (lambda f: checkpoint.write_json(f / "run.json", {"lineage": [MANY]}), "", "tokens 'many'"),
     "tokens of our own": (own, "--source-tokens 1e9", "leave it out: it is for a public source"),
     "negative tokens": (nothing, "--source-tokens -1", "source_tokens is -1.0"),
     "no experts": (nothing, "--experts 0", "experts is 0"),
