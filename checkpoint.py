@@ -182,10 +182,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def opened(path):
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if Path(path).is_file() and open(path, "rb").read(24) == b"version https://git-lfs.":
-            error = "it is git's pointer to it (git lfs pull)"
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    except (SafetensorError, OSError) as wrong:
+        pointer = Path(path).is_file() and open(path, "rb").read(24) == b"version https://git-lfs."
+        why = "it is git's pointer to it (git lfs pull)" if pointer else wrong
+        raise ValueError(f"{path} is not a whole safetensors file: {why}") from None
 
 
 def tensor_files(folder):
