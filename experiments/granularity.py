@@ -1,6 +1,6 @@
 """Fine-grained experts, measured here: into how many parts should an expert be cut, and does that hold in seconds?
 
-    python experiments/granularity.py run [--seeds 1 2 3] [--share 1/2]   # about 3.7 core-hours; a second call goes on
+    python experiments/granularity.py run [--seeds 1 2 3] [--share 1/2]   # about 4.9 core-hours; a second call goes on
     python experiments/granularity.py speed                               # seconds a step of each shape
     python experiments/granularity.py show                                # tables, verdict, figure
 
@@ -15,8 +15,9 @@ are the same for every G. Three sizes, three budgets from 0.25 to 1.5 M bytes of
 size, G and seed, each size and G at a rate of its own. The tables read every G off at the FLOPs, or the seconds, that
 G = 1 takes for a budget; the smallest one is only the lower end. Seconds are those of this project's layer on one CPU
 thread: sorting tokens is much of them. Then the fitted law is asked for the best G of a budget, in the paper's FLOPs (6
-a parameter, 14 a routing weight), where 16 and 32 are extrapolated, and in measured seconds. Under AdamW: G = 1 and 4
-of the middle size.
+a parameter, 14 a routing weight), where 16 and 32 are extrapolated, and in measured seconds. Does a finer model catch
+up? The smallest size for 4 M bytes, at 0.6 of its rate (auto_lr: steps^-0.3), beside what the law says of such a run;
+the fit does not see these. Under AdamW: G = 1 and 4 of the middle size.
 """
 
 from ladder import M, cell, pick
@@ -26,6 +27,7 @@ from verdict import band, draw, fit_law, less, load, markdown, panels, save, say
 SIZES = pick(tiny=["16x1", "16x2"], cpu=["32x2", "48x2", "64x2"], gpu=["128x4", "256x4", "384x6"])
 GRAINS = pick(tiny=[1, 2], cpu=[1, 2, 4, 8], gpu=[1, 2, 4, 8, 16])
 BUDGETS = pick(tiny=[8192, 16384], cpu=[M // 4, M * 5 // 8, M * 3 // 2], gpu=[8 * M, 16 * M, 32 * M, 64 * M])
+LONG = pick(tiny=32768, cpu=4 * M, gpu=128 * M)
 AGAIN = pick(tiny=[1, 2], cpu=[1, 4], gpu=[1, 4])  # under AdamW
 E, K = 8, 2
 MIDDLE = SIZES[len(SIZES) // 2]
@@ -36,8 +38,14 @@ def name(size, G):
 
 
 def plan(seeds):
-    runs = [run for seed in seeds for size in SIZES for G in GRAINS
-            for run in climb("mixture", name(size, G), BUDGETS, seed)]  # fmt: skip
+    runs = []
+    for seed in seeds:
+        for size in SIZES:
+            for G in GRAINS:
+                runs += climb("mixture", name(size, G), BUDGETS, seed)
+        for G in GRAINS:
+            shape = name(SIZES[0], G)
+            runs += climb("longer", shape, [LONG], seed, rate=f"mixture {shape} muon", part=0.6)
     return runs + [run for seed in seeds for G in AGAIN
                    for run in climb("mixture", name(MIDDLE, G), BUDGETS[-1:], seed, "adamw")]  # fmt: skip
 
@@ -69,9 +77,23 @@ def best_grain(rows, size, budget, x):
     return lambda report: float(G[laws.evaluate(form, report["coefficients"], **at).argmin()])
 
 
+def show_longer(rows, report):
+    """The longest runs of the smallest size, and what the law says of them."""
+    import laws
+
+    one, table = dict(arm="longer", shape=name(SIZES[0], 1)), []
+    for G in GRAINS:
+        if found := select(rows, arm="longer", shape=name(SIZES[0], G)):
+            at = {name: found[0][name] for name in ("N_total", "D", "G")}
+            says = laws.evaluate(laws.row("fine-grained").form, report["coefficients"], **at)
+            apart = less(rows, dict(arm="longer", shape=name(SIZES[0], G)), one, "D")
+            table.append([G, cell([row["L"] for row in found], ""), verdict(apart) if G > 1 else "", f"{says:.3f}"])
+    markdown([f"G of {SIZES[0]}, {LONG / M:g} M tokens", "L", "less G 1", "by the law"], table)
+
+
 def show(home):
     rows = load(home)
-    muon = select(rows, optimizer="muon")
+    muon = select(rows, optimizer="muon", arm="mixture")
     timed = muon[0]["seconds"] == muon[0]["seconds"]
     for x, what in (("flops_total", "FLOPs"), ("seconds", "seconds"))[: 1 + timed]:
         table = []
@@ -92,6 +114,7 @@ def show(home):
             best = [best_grain(muon, size, budget, x) for x in ("flops_total", "seconds")[: 1 + timed]]
             table.append([size, f"{budget / M:g} M", *(span_of(report, function) for function in best)])
     markdown(["size", "for what G 1 costs with", "best G in FLOPs, by the law", "in seconds"][: 3 + timed], table)
+    show_longer(rows, report)
     for optimizer in ("muon", "adamw"):
         d = less_than_one(rows, MIDDLE, BUDGETS[-1], AGAIN[-1], "D", optimizer)
         print(f"G {AGAIN[-1]} less G 1, {MIDDLE}, {BUDGETS[-1] / M:g} M tokens, {optimizer}: {verdict(d)}")
