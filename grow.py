@@ -14,9 +14,10 @@ any matrix, x what it reads, gain that of an RMSNorm. A, B and C are random numb
 
     direct    x' = [x, x]    W' = [a U, (1 - a) U], U = [W; W]    gain' = [gain, gain]        (k = 2; else k shares)
     zero      x' = [x, 0]    W' = [[W, A], [0, C]]                gain' = [gain / sqrt(k), 1]
-    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1]
+    random    x' = [x, 0]    W' = [[W, c A], [c B, c C]]          gain' = sqrt(open / D) [gain, 1], open = d + c (D - d)
 
-mask.py multiplies the new by c. open = d + c (D - d) dimensions count. New gains may be 1: at first they multiply 0.
+a is a matrix of shares, one for each entry of U. c is 0 at first, and mask.py takes it to 1. New gains may be 1: what
+they multiply is 0.
 
 Direct by hand. W = [[1, 2], [3, 4]] makes (3, 7) of x = (1, 1). Each entry of U gets its own a, such as:
 
@@ -117,6 +118,7 @@ def layer_map(L, operator, factor, layers=None):
     ones (3 -> 6: 0 0 1 1 2 2; 4 -> 5: 0 1 2 3 3), direct and learn repeat the stack. Raises ValueError."""
     if layers is None:
         n = whole("num_hidden_layers", L, factor)
+        # zero and random spread evenly: new layer i is made of the old one at the same height
         return [((i + 1) * L - 1) // n if operator in INSERTING else i % L for i in range(n)]
     for i in layers:
         if not 0 <= i < L:
@@ -181,9 +183,9 @@ def depth(name, entry, config):
     fresh = lambda W: random_numbers(name, W.shape, entry["seed"], like=W)
     zeros, ones = torch.zeros_like, torch.ones_like
     drawn = {"scores": fresh, "reader": fresh, "router": fresh, "bias": zeros, "gain": ones, "head gain": ones,
-             "writer": zeros}[what]  # fmt: skip  # mask.py draws the writers
+             "writer": zeros}[what]  # fmt: skip  # the writers' numbers come with the mask
     copied = zeros if what == "writer" else same
-    return names, {"direct": same, "zero": copied, "random": drawn}[entry["operator"]]
+    return names, {"zero": copied, "random": drawn}.get(entry["operator"], same)
 
 
 def width_direct(name, entry, config):
@@ -191,18 +193,19 @@ def width_direct(name, entry, config):
     k = entry["factor"]
 
     def divide(U, shape=None):
-        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. With one a for all entries, the gradients of
-        copies would be multiples of each other. Adam ignores the factor, so copies would stay copies."""
+        """[a_1 U, ..., a_k U] with a_1 + ... + a_k = 1 for every entry. With one a for all entries, two copies of a
+        neuron would get gradients that are multiples of each other. Adam ignores the factor, so they would stay copies.
+        """
         spread = random_numbers(name, (k - 1, *(shape or U.shape)), entry["seed"], like=U.new_ones(1))
         shares = (1 + SPREAD * spread) / k
         return torch.cat([U * a for a in (*shares, 1 - shares.sum(0))], dim=-1)
 
-    tied = config.tie_word_embeddings  # then the head is a copy too, and the gain before it is divided in its place
+    tied = config.tie_word_embeddings  # the head is the embedding, [W, W], and cannot be divided: so the gain before it
     copy = lambda g: g.repeat(k)  # not sqrt(d/D) [gain, gain], as printed: copies keep the root mean square
     matrix = lambda W: divide(W.repeat(k, 1))
     return [name], {
         "embedding": lambda W: W.repeat(1, k), "words": divide,
-        "router": lambda W: divide(W, W.shape[1:]),  # one row of shares for all: experts that tie go on to tie
+        "router": lambda W: divide(W, W.shape[1:]),  # one row of shares for all: equal rows, of copied experts, stay so
         "scores": matrix, "reader": matrix, "writer": matrix,
         "bias": copy, "gain": copy, "last gain": divide if tied else copy,
         "head gain": same,  # it is as long as a head, and heads do not grow
@@ -210,9 +213,10 @@ def width_direct(name, entry, config):
 
 
 def width_insert(name, entry, config):
-    """x' = [x, 0]. The lower left of W' is 0, so new dimensions stay 0 at first. A and C read only those zeros, so they
-    may be anything. Training starts at the 0 of the embedding, v_proj, o_proj and down_proj (tied: not the last
-    down_proj); q, k, gate and up follow. Of random A and C are 0 too."""
+    """x' = [x, 0]. The lower left of W' is 0, so the new dimensions are 0 at first. A and C multiply only those zeros:
+    they may be anything (of random they are 0, too). Gradients reach the zeros of the embedding, v_proj, o_proj and
+    down_proj at once; those of q, k, gate and up later, as each is multiplied by another zero. If head and embedding
+    are tied, the last down_proj waits, too."""
     k = entry["factor"]
     shrink = math.sqrt(1 / k)  # sqrt(d/D): of [x, 0] the mean square is d/D of that of x (the official code has d/D)
 
@@ -255,7 +259,7 @@ def growth(config, axis="depth", operator="direct", factor=2, layers=None, seed=
     if (axis, operator) not in FORMULAS:
         raise ValueError(f"operator is {operator!r} ({', '.join(o for a, o in FORMULAS if a == axis)})")
     formula = partial(FORMULAS[axis, operator], entry=entry, config=config)
-    # Depth copies. Width makes products, which bf16 does not hold (0.04 on the logits).
+    # Depth copies numbers, of any dtype. Width multiplies them: rounded to bf16 that moves the logits by 0.04. So fp32.
     dtype = same if axis == "depth" else partial(torch.promote_types, torch.float32)
     return Operator(grown_config(config, entry), formula, entry, dtype)
 

@@ -1,7 +1,8 @@
 """What follows from the length of a run and from its device: steps, learning rate, micro-batch, number format.
 
     steps    tokens, or FLOPs / FLOPs a token, or tokens a parameter x N_active; over the tokens of a step
-    rate     Muon: 1.2 N^-1/4 steps^-0.3.   AdamW: 0.45 N^-0.713 D^0.307.   After a parent: that of the whole way, less
+    rate     of N active parameters and D tokens: 1.2 N^-1/4 steps^-0.3 (Muon), 0.45 N^-0.713 D^0.307 (AdamW)
+             after a parent: the rule for all steps, its and these, times sqrt(these / all)
 
 By hand: N = 160,384 (3 layers of 64: `train.py --hidden-size 64`), 2.5 M tokens in 1,221 steps, Muon: N^-1/4 = 0.0500,
 1,221^-0.3 = 0.1186, so 1.2 x 0.0500 x 0.1186 = 0.0071. Then half a million tokens more, 244 steps: the whole way has
@@ -25,8 +26,9 @@ def fast_bf16(device):
 
 
 def memory_for_activations(device, sizes, shards):
-    """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): weights, gradients and two moments in fp32,
-    and copies in bf16. On a CPU not much, as what is near the caches is fastest; elsewhere 16 GB, a guess."""
+    """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): gradients and two moments in fp32, copies
+    in bf16, and the weights once more as a reserve. On a CPU not much, as what is near the caches is fastest; elsewhere
+    16 GB, a guess."""
     match device.type:
         case "cuda":
             return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
@@ -54,9 +56,9 @@ def auto_lr(optimizer, N, D, steps):
 def continued_lr(optimizer, N, batch_tokens, steps, lineage):
     """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the root of the share that is
     new. A model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it
-    back; new text wants a higher one than more of the old (experiments/LOG.md). What came before counts for nine times
-    this run at most, and so does an unknown number."""
-    tokens = [step["tokens"] for step in lineage if "tokens" in step]
+    back; new text wants a higher one than more of the old (experiments/LOG.md). At most nine times this run counts as
+    before; an unknown number counts as nine times."""
+    tokens = [entry["tokens"] for entry in lineage if "tokens" in entry]
     before = 9 * steps if None in tokens else min(9 * steps, sum(tokens) / batch_tokens)
     whole = before + steps
     return auto_lr(optimizer, N, whole * batch_tokens, whole) * math.sqrt(steps / whole)
@@ -84,7 +86,7 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=()):
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    # to read a token costs a third of training on it: all evaluations a twelfth of the run
+    # at most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that)
     evaluations = min(10, max(1, steps * s.batch_tokens // (4 * s.eval_tokens)))
     s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
     s.save_every = s.save_every or max(1, math.ceil(steps / 10))

@@ -23,10 +23,11 @@ full speed, while what the forward pass sees of them is small still.
 Left out: a mask for each layer, opened one after the other (MSG has that), and growth in several stages.
 
 Try, with the base of grow.py's exercises, grown with `--axis width --operator random --factor 2` (loss 2.123):
-1. Train on for 2e5 tokens, 49 steps, with --mask-steps 1, 10 and 40. (2.065, 1.949, 1.942: at once it hurts.)
+1. Train on for 2e5 tokens, 49 steps, with --mask-steps 1, 10 and 40. (2.065, 1.949, 1.942. One step at c = 0,
+   and then all at once: that hurts.)
 2. The same in depth. (1.994, 1.983, 1.977: new blocks beside old ones hurt less than new numbers inside every matrix.)
-3. Let a masked norm return `raw * (1 / k) ** 0.5`, as if no new dimension ever counted; width, 40 steps. (1.970 in the
-   place of 1.942. When the mask goes away, at step 40, all gains jump by sqrt(k).)
+3. In `hide` let a masked norm return `raw * (1 / k) ** 0.5`, as if no new dimension ever counted; width, 40 steps.
+   (1.970 in the place of 1.942. When the mask goes away, at step 40, all gains jump by sqrt(k).)
 """
 
 import math
@@ -51,12 +52,13 @@ class Mask:
         self.c = torch.zeros_like(module.lm_head.weight[0, 0])  # a scalar on the model's device, in its dtype
         state = module.state_dict()
         closed = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in state.items()}
-        tensors = dict(unpack(module.config, state))  # views, as `where`: writing into them writes into the state
+        # unpack gives views under the public names: writing into `where` or `tensors` writes into `closed` or `state`
+        tensors = dict(unpack(module.config, state))
         for name, where in unpack(module.config, closed):
             self.close(name, where)
             if draw and where.any():
                 self.fill(name, where, tensors)
-        if module.config.tie_word_embeddings:
+        if module.config.tie_word_embeddings:  # one tensor, two owners
             closed["lm_head.weight"] = closed["model.embed_tokens.weight"]
         for name, where in closed.items():
             if where.any():
@@ -80,7 +82,7 @@ class Mask:
             case "bias":
                 return
             case "gain" | "last gain":
-                t *= math.sqrt(self.entry["factor"])  # width only; the mask divides by it again while c is 0
+                t *= math.sqrt(self.entry["factor"])  # takes back grow.py's root: now the mask gives it (width only)
                 t[where] = 1
             case _:
                 if layers:  # depth: a block that is all new, like the one that it follows
@@ -90,7 +92,7 @@ class Mask:
                 t[where] = random_numbers(name, t.shape, self.entry["seed"], like)[where]
 
     def hide(self, owner, attribute, where):
-        """From now on owner.attribute is mask x raw. Weight and bias nest their classes; `open` unwinds in reverse."""
+        """From now on owner.attribute is mask x raw. A layer with weight and bias is wrapped twice."""
         c, k, plain = self.c, self.entry["factor"], type(owner)
 
         def masked(self):  # as a property of the class it wins over nn.Module's __getattr__
@@ -105,9 +107,10 @@ class Mask:
     def open(self, update):
         """Sets c to what it is after so many updates. At c = 1 mask x raw is raw, and the mask goes away."""
         self.c.fill_(min(1.0, update / self.updates))
-        while self.masked and update >= self.updates:
-            owner, plain = self.masked.pop()
-            owner.__class__ = plain
+        if update >= self.updates:
+            for owner, plain in reversed(self.masked):  # unwraps what was wrapped last first
+                owner.__class__ = plain
+            self.masked.clear()
 
     def effective(self):
         """{parameter: mask x raw}, what a folder holds."""

@@ -12,11 +12,11 @@ its rate decays (--branch), or go on after an interruption (--resume). This tabl
 
 The lineage is the list of steps (trainings, upcycling, growth) that made a checkpoint.
 
-`settle` follows the table. It reads configurations and headers, so that every mistake is found before any work starts.
-It opens no tensors, no text and no device: train.py does, and builds the model from what settle returns. What depends
-on the device and on the length of the run is filled in after that, by horizon.py. `settle` checks the flags against
-each other, then the folders that they name, and at the end the settings as they were settled: what is inherited can be
-as wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were.
+`settle` follows the table. It reads configurations and headers, so that what flags and folders can tell is found before
+any work starts. It opens no tensors, no text and no device: train.py does, and builds the model from what settle
+returns. What depends on the device and on the length of the run is filled in after that, by horizon.py. `settle` checks
+the flags against each other, then the folders that they name, and at the end the settings as they were settled: what is
+inherited can be as wrong as what is typed. What it returns, a `Start`, is new; the parsed flags stay as they were.
 
 A setting that an older folder does not know takes its default, or its value in `BEFORE` if that was another. So a new
 flag needs a line in `get_parser`, and a word in `FROM` which says where a child gets it from.
@@ -49,12 +49,13 @@ SHAPE = (
 )  # fmt: skip
 FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
     # flag: given, or its default       either: given, or else the parent's
-    # folder: from config.json          parent: the parent's; giving it is an error (--resume lets an equal value pass,
-    #                                   and --data may say where the same text lies now)
+    # folder: from config.json; giving it is an error (but --upcycle takes --granularity and --router)
+    # parent: the parent's; giving it is an error (but --resume lets an equal value pass, or auto, and --data may say
+    #         where the same text lies now)
     SHAPE: ("flag", "folder", "folder", "parent"),
     ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
     ("batch_tokens", "optimizer", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
-     "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but how a branch decays: see settle
+     "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but a branch decays: see settle
     ("balance_coef",): ("flag", "either", "parent", "parent"),  # --init: config.json's
     ("tokens", "flops", "tokens_per_param", "min_lr"): ("flag", "flag", "flag", "parent"),
     ("init", "branch", "source_tokens", "upcycle", "stack", "mask_steps"): ("flag", "flag", "flag", "parent"),
@@ -271,10 +272,10 @@ def inherit(kind, args, given, stored):
         for name in names:
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
-            settled = given.get(name) in (before, "auto")  # what auto was, the run knows
+            same = given.get(name) in (before, "auto")  # what auto was, the run knows
             if name == "data" and way == "parent" and name in given and data.same_corpora(value, before):
                 way = "either"  # the text may have moved: that it is the same is checked when it is read
-            if way == "parent" and name in given and (kind == "branch" or not settled):
+            if way == "parent" and name in given and (kind == "branch" or not same):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
                 raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
             if way == "folder" and name in given and name not in upcycling:
@@ -324,7 +325,8 @@ def finish(kind, s, given, config, tokenizer):
     if not config.experts:
         for name in MIXTURE:
             if name in given:
-                raise ValueError(f"{flag(name)} {given[name]} is for a mixture of experts (add --experts)")
+                right = "--upcycle" if kind == "init" else "--experts"
+                raise ValueError(f"{flag(name)} {given[name]} is for a mixture of experts (add {right})")
     if kind == "init" and "balance_coef" not in given:
         s.balance_coef = config.balance_coef
     config.balance_coef = s.balance_coef

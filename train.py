@@ -282,7 +282,7 @@ def main(argv=None):
                 ranks.say(f"step {step:>6}  validation  {shown}")
                 if not all(map(math.isfinite, losses.values())):
                     good = s.out if step else "none"
-                    ranks.say(f"step {step}: the loss is no number: stopped. Last good one: {good}")
+                    ranks.say(f"step {step}: the loss is no number: stopped. Last save: {good}")
                     code = 1
                     break
                 record.evaluated(step, losses)
@@ -323,7 +323,8 @@ def main(argv=None):
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             last = micro == accumulate - 1
-            with parallel.no_sync() if parallel is not module and not last else nullcontext():
+            syncs = last or parallel is module  # DDP: once a step; FSDP sums up after each micro-batch
+            with nullcontext() if syncs else parallel.no_sync():
                 with autocast:
                     _, loss, aux = parallel(x, y)
                 total = loss
@@ -343,7 +344,7 @@ def main(argv=None):
             if step == s.mask_steps and compiled:  # before that each masked layer would be a graph of its own
                 compile_blocks(module)
         bar.update()
-        stop = ranks.largest(signals.number)
+        stop = ranks.largest(signals.number)  # obeyed at the top of the loop; a second Ctrl-C ends at once, unsaved
 
         # log; and before each save look whether loss and norm are numbers
         due = step % s.log_every == 0 or step in (1, steps)
@@ -352,7 +353,7 @@ def main(argv=None):
         loss = ranks.mean(loss_sum / accumulate).item()  # of this step: over its micro-batches and ranks
         norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
         if not math.isfinite(loss) or not math.isfinite(norm):
-            ranks.say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last good one: {s.out}")
+            ranks.say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last save: {s.out}")
             code = 1
             break
         row = {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}"}

@@ -68,7 +68,7 @@ def grid(table, out, rows, flags, script=lambda row: (ROOT / "train.py",)):
             folder = out / "_".join(row.values()).replace(" ", "")
             loss, flops = train(folder, *SETTING, *flags(row), script=script(row))
         except RuntimeError as failed:
-            if "stopped. Last good one" not in str(failed):
+            if "stopped. Last save" not in str(failed):
                 raise
             loss, flops = math.inf, math.nan
         append(table, row | {"loss": loss, "flops": f"{flops:.6g}"})

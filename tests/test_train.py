@@ -187,7 +187,7 @@ def test_weights_that_are_no_numbers_end_a_run_in_words(here, texts, capsys):
     weights["model.norm.weight"][:] = math.nan
     save_file(weights, "bad/model.safetensors", {"format": "pt"})
     assert train.main(["--init", "bad", "--tokens", "2560", "--out", "child"]) == 1
-    assert "step 0: the loss is no number: stopped. Last good one: none" in capsys.readouterr().out
+    assert "step 0: the loss is no number: stopped. Last save: none" in capsys.readouterr().out
     with pytest.raises(ValueError, match="logits are not finite"):
         list(model.generate(checkpoint.load("bad"), [1], 3))
 
