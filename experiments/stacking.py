@@ -1,13 +1,13 @@
-"""Growing, measured here: which operator, when, how often, and what does it save against training the large model?
+"""Growing, measured here: which operator, when, how often, and is it faster than training the large model?
 
     python experiments/stacking.py run [--seeds 1 2 3] [--share 1/2]     # about 3.2 core-hours; a second call goes on
     python experiments/stacking.py speed                                 # seconds a step of each shape
     python experiments/stacking.py show                                  # tables, verdicts, figure
 
-What the papers found. Of eight operators depth-direct (stacking) saves most: FLOPs_scratch / FLOPs_grown - 1 = 49 % at
-the same loss; learned 49, zero 47, random -26 % in depth; in width direct -1, zero -18, random -14, learned -15 %. A
-factor of 2 to 4 is best (all 2405.15319). For long bases interposed layers, 0 0 1 1, beat stacked ones, 0 1 0 1
-(2510.08008). One layer can be made many at 0.8 of the run, and hardly anything is lost (2511.04981).
+What the papers found. The speed-up is FLOPs_scratch / FLOPs_grown - 1 at the same loss. Of eight operators depth-direct
+(stacking) has the highest, 49 %; learned has 49, zero 47, random -26 % in depth; in width direct -1, zero -18, random
+-14, learned -15 %. A factor of 2 to 4 is best (all 2405.15319). For long bases interposed layers, 0 0 1 1, beat stacked
+ones, 0 1 0 1 (2510.08008). One layer can be made many at 0.8 of the run, and hardly anything is lost (2511.04981).
 
 Here. The target has 4 layers of 64. Depth grows from 2 layers of 64, width from 4 layers of 32. Bases are trained at a
 constant rate for d = 1 M bytes of Python, grown, and trained on for 1.5 M; every operator has a rate of its own.
@@ -104,11 +104,11 @@ def speedups(rows, mine):
 def against_scratch(rows, mine):
     """Cells: L, less scratch at equal FLOPs, at equal seconds, speed-up."""
     scratch = dict(arm="scratch")
-    saved = speedups(rows, mine)
-    if not saved:
+    found = speedups(rows, mine)
+    if not found:
         return ["missing"] * 4
-    percent = f"{statistics.fmean(saved):+.0f} %" if all(s == s for s in saved) else "outside"
-    spread = f" ± {statistics.stdev(saved):.0f}" if len(saved) > 1 and percent != "outside" else ""
+    percent = f"{statistics.fmean(found):+.0f} %" if all(s == s for s in found) else "outside"
+    spread = f" ± {statistics.stdev(found):.0f}" if len(found) > 1 and percent != "outside" else ""
     return [cell([row["L"] for row in select(rows, **mine)], ""), cell(less(rows, mine, scratch, "flops_total")),
             cell(less(rows, mine, scratch, "seconds")), percent + spread]  # fmt: skip
 
@@ -116,10 +116,10 @@ def against_scratch(rows, mine):
 def show(home):
     rows = load(home)
     muon, adamw = (select(rows, optimizer=name) for name in ("muon", "adamw"))
-    heads, table = ["L", "less scratch, equal FLOPs", "equal seconds", "FLOPs saved"], []
-    for arm, saves in PAPER.items():
+    heads, table = ["L", "less scratch, equal FLOPs", "equal seconds", "speed-up in FLOPs"], []
+    for arm, theirs in PAPER.items():
         start = cell([row["L_start"] for row in select(muon, arm=arm)], "")
-        table.append([arm, start, *against_scratch(muon, dict(arm=arm)), f"{saves:+d} %"])
+        table.append([arm, start, *against_scratch(muon, dict(arm=arm)), f"{theirs:+d} %"])
     markdown([f"{len(seeds(muon))} seeds", "L at the start", *heads, "the paper"], table)
 
     table, more = [], []
@@ -137,19 +137,19 @@ def show(home):
         print(f"one layer to many at 0.8, less scratch at equal tokens (2511.04981: near 0): {verdict(late)}")
         print(f"  for {cost:.2f} of the FLOPs")
     for name, some in (("Muon", muon), ("AdamW", adamw)):
-        if saved := speedups(some, dict(arm="depth direct")):
-            print(f"depth-direct, {name}: FLOPs saved {verdict(saved, ' %')}")
+        if found := speedups(some, dict(arm="depth direct")):
+            print(f"depth-direct, {name}: speed-up in FLOPs {verdict(found, ' %')}")
     plot(home, muon)
 
 
 def panel(axes, rows):
-    """FLOPs saved by each operator, beside the paper's."""
-    for i, (arm, saves) in enumerate(PAPER.items()):
-        saved = speedups(rows, dict(arm=arm))
-        axes.plot(saved, [i] * len(saved), "o", color="C0", ms=4, label="here, a dot a seed" * (i == 0))
-        axes.plot(saves, i, "x", color="C1", label="the paper" * (i == 0))
+    """The speed-up of each operator, beside the paper's."""
+    for i, (arm, theirs) in enumerate(PAPER.items()):
+        found = speedups(rows, dict(arm=arm))
+        axes.plot(found, [i] * len(found), "o", color="C0", ms=4, label="here, a dot a seed" * (i == 0))
+        axes.plot(theirs, i, "x", color="C1", label="the paper" * (i == 0))
     axes.axvline(0, color="0.5", lw=0.8)
-    axes.set(xlabel="FLOPs saved against scratch, %", yticks=range(len(PAPER)), yticklabels=PAPER)
+    axes.set(xlabel="speed-up in FLOPs against scratch, %", yticks=range(len(PAPER)), yticklabels=PAPER)
     axes.set_ylim(len(PAPER) - 0.5, -0.5)
     axes.legend(frameon=False, fontsize=8)
 

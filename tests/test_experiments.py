@@ -220,7 +220,7 @@ SAID = {
     "granularity": (fine_grained, ("gamma = 0.", "best G in FLOPs", "without g, gamma: more than noise allows")),
     "upcycling": (upcycled, ("alpha3 = 0.00", "without alpha3: more than noise allows", "D2* by the fits")),
     "recipes": (upcycled, ("drop less copy", "re-warmed less rate goes on", "AdamW")),
-    "stacking": (chinchilla, ("depth learned", "interposed less stacked", "FLOPs saved")),
+    "stacking": (chinchilla, ("depth learned", "interposed less stacked", "speed-up in FLOPs")),
     "continual": (continued, ("gamma = 0.0", "replay", "far less near: -0.00")),
 }
 
