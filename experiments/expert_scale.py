@@ -30,7 +30,7 @@ def flags(row):
 
 def run(seed, out):
     columns = ("router", "top_k", "granularity", "seed", "way")
-    rows = [dict(zip(columns, (*case, seed, way))) for way in WAYS for case in CASES]
+    rows = [dict(zip(columns, (*case, seed, way))) for case in CASES for way in WAYS]
     grid(TABLE, out / "expert_scale", rows, flags, lambda row: [__file__, "one", *map(str, WAYS[row["way"]])])
 
 

@@ -309,12 +309,12 @@ def experiment(name, doc, plan, show, before=lambda: None, timed=speed, argv=Non
             except (ValueError, IndexError) as few:  # a fit says how many runs it needs
                 sys.exit(f"{home / 'runs.csv'} is not complete: {few}")
         case "plan":
-            show_plan(listed, share[1])
+            show_plan(listed, share[1], home / "runs.csv")
 
 
-def show_plan(listed, n):
-    """The runs and the hours that they take by `seconds`."""
-    plan = {run.name: run for run in listed}
+def show_plan(listed, n, table):
+    """The runs, and the hours that they take by `seconds`; how many the table holds."""
+    plan, known = {run.name: run for run in listed}, {row["run"] for row in read_rows(table)}
     owner, load = divide(plan, n), Counter()
     for run in plan.values():
         print(f"{owner[run.trunk]}/{n} {seconds(run):6.0f} s  {spent(run, plan):45} {run.name}")
@@ -322,3 +322,5 @@ def show_plan(listed, n):
         load[owner[run.trunk]] += seconds(run) / 3600
     hours = ", ".join(f"share {i} {hours:.2f}" for i, hours in sorted(load.items()))
     print(f"{len(plan)} runs, {len(sweeps(plan))} sweeps, about {sum(load.values()):.1f} core-hours ({hours})")
+    rows = {run.name for run in plan.values() if run.columns}
+    print(f"{len(rows & known)} of {len(rows)} rows are in {table} (without it `run` trains them again)")
