@@ -232,8 +232,6 @@ def settle(args, given, world):
         named, lineage = read_lineage(folder, args.source_tokens)
     stored = state["settings"] if state else last_settings(lineage)
     s = inherit(kind, args, given, stored)
-    if state:
-        find_text(s.data)
     match kind:
         case "new":
             tokenizer = load_tokenizer(s.tokenizer or "bytes")
@@ -257,6 +255,7 @@ def settle(args, given, world):
         besides = checkpoint.besides(folder, tokenizer="tokenizer" not in given or not tokenizer.files)
     if kind != "resume":
         finish(kind, s, given, config, tokenizer)
+    find_text(s.data, moved=state is not None)
     if s.fsdp and (state["step"] if kind == "resume" else 0) < (s.mask_steps or 0):
         raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
     check_batch(s, world, fit="micro_batch" not in given)
@@ -341,19 +340,19 @@ def finish(kind, s, given, config, tokenizer):
         right = f"the model knows {config.vocab_size}: its own tokenizer"
         raise ValueError(f"--tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
     s.data, s.tokenizer = s.data or "python", tokenizer.name
-    data.parse_spec(s.data)
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
         s.tokens = 2_500_000
     if s.lr != "auto":  # here and not in check_flags: a branch has the trunk's lr
         horizon.check_rate(s)
 
 
-def find_text(spec):
-    """Raises FileNotFoundError, with the way out, if the text of a run that goes on is not where it was."""
+def find_text(spec, moved):
+    """Raises ValueError or FileNotFoundError for text that is not there. moved: name the way out of a run that goes on,
+    whose text was there once."""
     try:
         data.parse_spec(spec)
     except FileNotFoundError as lost:
-        raise FileNotFoundError(f"{lost}; if it has moved, --data says where it is now") from None
+        raise FileNotFoundError(f"{lost}" + "; if it has moved, --data says where it is now" * moved) from None
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

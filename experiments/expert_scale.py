@@ -11,10 +11,11 @@ decay). 8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens,
 import csv
 import sys
 
-from ladder import ROOT, SHAPE, M, cell, grid, main
+from ladder import ROOT, M, cell, grid, main
 
 sys.path.insert(0, str(ROOT))
 
+SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
 TABLE = ROOT / "experiments/expert_scale.csv"
 CASES = [  # router, top_k, granularity
     ("topk-softmax", 2, 1), ("topk-softmax", 2, 4), ("softmax-topk", 1, 1), ("softmax-topk", 2, 4),

@@ -88,7 +88,8 @@ def show_longer(rows, report):
             says = laws.evaluate(laws.row("fine-grained").form, report["coefficients"], **at)
             apart = less(rows, dict(arm="longer", shape=name(SIZES[0], G)), one, "D")
             table.append([G, cell([row["L"] for row in found], ""), verdict(apart) if G > 1 else "", f"{says:.3f}"])
-    markdown([f"G of {SIZES[0]}, {LONG / M:g} M tokens", "L", "less G 1", "by the law"], table)
+    if table:
+        markdown([f"G of {SIZES[0]}, {LONG / M:g} M tokens", "L", "less G 1", "by the law"], table)
 
 
 def show(home):

@@ -33,7 +33,6 @@ STEP = pick(512, 2048, 32768)  # tokens
 WARMUP = pick(2, 16, 50)  # steps
 RHYTHM = ("--eval-every", "1000000", "--save-every", "1000000")
 SETTING = ("--batch-tokens", str(STEP), *RHYTHM)
-SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
 
 
 # ---- one run, one sweep -------------------------------------------------------------------------------------------
