@@ -4,9 +4,9 @@
     rate     of N active parameters and D tokens: 1.2 N^-1/4 steps^-0.3 (Muon), 0.45 N^-0.713 D^0.307 (AdamW)
              after a parent: the rule for all steps, its and these, times sqrt(these / all)
 
-By hand: N = 160,384 (3 layers of 64: `train.py --hidden-size 64`), 2.5 M tokens in 1,221 steps, Muon: N^-1/4 = 0.0500,
-1,221^-0.3 = 0.1186, so 1.2 x 0.0500 x 0.1186 = 0.0071. Then half a million tokens more, 244 steps: the whole way has
-1,465 steps, for which the rule says 0.0067. Of it 244 / 1,465 = 0.17 is new, and the root of that is 0.41. So 0.0027.
+By hand: N = 160,384 (3 layers of 64: `train.py --hidden-size 64`), 2 M tokens in 977 steps, Muon: N^-1/4 = 0.0500,
+977^-0.3 = 0.1268, so 1.2 x 0.0500 x 0.1268 = 0.0076. Then half a million tokens more, 244 steps: the whole way has
+1,221 steps, for which the rule says 0.0071. Of it 244 / 1,221 = 0.20 is new, and the root of that is 0.45. So 0.0032.
 """
 
 import math

@@ -21,6 +21,12 @@ import torch
 import checkpoint
 import runs
 
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
+PEAKS = {
+    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
 
 def lock(folder):
     """A descriptor that locks `folder` until it is closed. OSError if another process has locked it. Windows, and
@@ -50,8 +56,12 @@ class Record:
         self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
         self.samples = start.state["samples"] if going_on else []
         self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
+        gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
+        self.peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
+        self.load = None  # tokens of each expert, (layers, experts), in the step that was logged last
         made = self.make_folder(overwrite) if ranks.first else None
         self.folder, self.since = ranks.agree(made), time.time()
+        self.last_time, self.last_step = self.since, start.state["step"] if going_on else 0  # of the last row
         self.settings.out = str(self.folder)
         self.columns = "step tokens flops seconds lr loss grad_norm tokens_per_second tflops mfu".split()
         if start.config.experts:
@@ -105,9 +115,26 @@ class Record:
         if self.ranks.first:
             self.write_samples()
 
-    def logged(self, step, row):
+    def logged(self, step, lr, loss, norm, routing, micros):
+        """A row of log.csv: (what the terminal shows, tokens a second since the row before). routing: a mixture's aux
+        (moe.py), summed up over a step's `micros` micro-batches; its means over the ranks are logged, on all of which
+        this is called."""
+        row = {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}"}
+        if routing:
+            self.load = self.ranks.sum(routing["counts"].float())
+            violation = (self.load.max(-1).values / self.load.mean(-1) - 1).mean()
+            means = torch.stack([routing[name] for name in ("balance_loss", "z_loss", "dropped", "entropy")]) / micros
+            balance, z, dropped, entropy = self.ranks.mean(means).tolist()
+            row |= {"balance_loss": f"{balance:.6f}", "z_loss": f"{z:.6f}", "max_violation": f"{violation:.6f}",
+                    "dropped": f"{dropped:.6f}", "router_entropy": f"{entropy:.6f}"}  # fmt: skip
+        speed = (step - self.last_step) * self.settings.batch_tokens / (time.time() - self.last_time)
+        self.last_time, self.last_step = time.time(), step
+        mfu = speed * self.flops_per_token / self.peak / self.ranks.world if self.peak else None
+        row |= {"tokens_per_second": round(speed, 1), "tflops": round(speed * self.flops_per_token / 1e12, 4),
+                "mfu": round(mfu, 4) if self.peak else ""}  # fmt: skip
         if self.ranks.first:
             runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
+        return f"loss {loss:.4f}  {speed:,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if self.peak else ""), speed
 
     def save(self, folder, step, module, optimizers, mask, finished=False):
         """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume takes its weights and

@@ -50,10 +50,11 @@ SHAPE = (
 FROM = {  # flags: where their values come from in a run that is new, --init, --branch, --resume
     # flag: given, or its default       either: given, or else the parent's
     # folder: from config.json; giving it is an error (but --upcycle takes --granularity and --router)
-    # parent: the parent's; giving it is an error (but --resume lets an equal value pass, or auto, and --data may say
-    #         where the same text lies now)
+    # parent: the parent's; giving it is an error (but --resume lets an equal value pass, or auto)
+    # text: the parent's; giving it may only say where that lies now
     SHAPE: ("flag", "folder", "folder", "parent"),
-    ("data", "tokenizer", "context"): ("flag", "either", "parent", "parent"),
+    ("data",): ("flag", "either", "text", "text"),
+    ("tokenizer", "context"): ("flag", "either", "parent", "parent"),
     ("batch_tokens", "optimizer", "lr", "warmup", "schedule", "decay_fraction", "weight_decay", "grad_clip", "z_coef",
      "capacity_factor", "seed"): ("flag", "flag", "parent", "parent"),  # but a branch decays: see settle
     ("balance_coef",): ("flag", "either", "parent", "parent"),  # --init: config.json's
@@ -144,7 +145,7 @@ def get_parser(commands=""):
     add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
-    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 2.5e6)")
+    add("--tokens", type=number, help="tokens of this run; 0 only evaluates and writes nothing (default: 2e6)")
     add("--flops", type=positive, help="training FLOPs to spend")
     add("--tokens-per-param", type=positive, help="tokens a parameter of N_active")
 
@@ -272,8 +273,8 @@ def inherit(kind, args, given, stored):
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
             same = given.get(name) in (before, "auto")  # what auto was, the run knows
-            if name == "data" and way == "parent" and name in given and data.same_corpora(value, before):
-                way = "either"  # the text may have moved: that it is the same is checked when it is read
+            if way == "text":  # that it is the same to the byte is checked when it is read
+                way = "either" if name in given and data.same_corpora(value, before) else "parent"
             if way == "parent" and name in given and (kind == "branch" or not same):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
                 raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
@@ -341,7 +342,7 @@ def finish(kind, s, given, config, tokenizer):
         raise ValueError(f"--tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
     s.data, s.tokenizer = s.data or "python", tokenizer.name
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
-        s.tokens = 2_500_000
+        s.tokens = 2_000_000
     if s.lr != "auto":  # here and not in check_flags: a branch has the trunk's lr
         horizon.check_rate(s)
 

@@ -61,13 +61,6 @@ from mask import Mask
 from ranks import Ranks, Signals
 from record import Record
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
-PEAKS = {
-    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
-}  # fmt: skip
-
-
 # ---- the parts of a run ---------------------------------------------------------------------------------------------
 
 
@@ -261,8 +254,6 @@ def main(argv=None):
     except OSError as error:
         fail(error)
     signals = Signals()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((p for gpu, p in PEAKS.items() if gpu in name), None)
     quiet = not ranks.first or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
     module.train()
@@ -270,7 +261,6 @@ def main(argv=None):
         compile_blocks(module)
     fresh = kind != "resume"  # the step at which a run resumes was evaluated and saved before
     stop = code = 0  # a signal's number; the exit status
-    load, last_time, last_step = None, time.time(), step  # tokens of each expert; when the last row was logged
     while True:
         # evaluate, sample, save; a resumed step has done so already
         if device.type == "cuda" and (step % s.eval_every == 0 or step % s.save_every == 0 or step in snapshots):
@@ -307,15 +297,14 @@ def main(argv=None):
         if step == steps or code:
             break
         fresh = True
-        last_time += time.time() - pause  # tokens per second are those of training
+        record.last_time += time.time() - pause  # tokens per second are those of training
 
         # one update
         lr = rate(step, steps, s)
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = lr * group.get("factor", 1.0)
         items = reader.take(accumulate * s.micro_batch * ranks.world)
-        parts = ("balance_loss", "z_loss", "dropped", "entropy")
-        loss_sum, extra, load = torch.zeros((), device=device), torch.zeros(len(parts), device=device), None
+        loss_sum, routing = torch.zeros((), device=device), {}  # routing: what a mixture says besides, summed up
         for micro in range(accumulate):
             first = (micro * ranks.world + ranks.rank) * s.micro_batch
             x, y = reader.load(items[first : first + s.micro_batch])
@@ -330,8 +319,7 @@ def main(argv=None):
                 total = loss
                 if aux:
                     total = loss + s.balance_coef * aux["balance_loss"] + s.z_coef * aux["z_loss"]
-                    extra += torch.stack([aux[k].detach().float() for k in parts])
-                    load = aux["counts"] if load is None else load + aux["counts"]
+                    routing = {k: routing.get(k, 0) + v.detach() for k, v in aux.items()}
                 (total / accumulate).backward()
             loss_sum += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), s.grad_clip or math.inf)
@@ -356,21 +344,8 @@ def main(argv=None):
             ranks.say(f"step {step}: the loss is {loss}, the gradient's norm {norm}: stopped. Last save: {s.out}")
             code = 1
             break
-        row = {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}"}
-        if config.experts:
-            load = ranks.sum(load.float())
-            violation = (load.max(-1).values / load.mean(-1) - 1).mean()
-            balance, z, dropped, entropy = ranks.mean(extra / accumulate).tolist()
-            row |= {"balance_loss": f"{balance:.6f}", "z_loss": f"{z:.6f}", "max_violation": f"{violation:.6f}",
-                    "dropped": f"{dropped:.6f}", "router_entropy": f"{entropy:.6f}"}  # fmt: skip
         if due:
-            speed = (step - last_step) * s.batch_tokens / (time.time() - last_time)
-            last_time, last_step = time.time(), step
-            mfu = speed * flops_per_token / peak / ranks.world if peak else None
-            row |= {"tokens_per_second": round(speed, 1), "tflops": round(speed * flops_per_token / 1e12, 4),
-                    "mfu": round(mfu, 4) if peak else ""}  # fmt: skip
-            record.logged(step, row)
-            text = f"loss {loss:.4f}  {speed:,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if peak else "")
+            text, speed = record.logged(step, lr, loss, norm, routing, accumulate)
             bar.set_postfix_str(text)
             if quiet:
                 left = (steps - step) * s.batch_tokens / speed
@@ -381,7 +356,7 @@ def main(argv=None):
     if code == 0 and ranks.first:
         rulers = {c.name: data.ngram_losses(c, s.context, s.eval_tokens) for c in corpora}
         in_bits = {c.name: c.bits(losses[c.name]) for c in corpora}
-        runs.summarise(record.folder, rulers, losses, in_bits, load, record.samples[-1])
+        runs.summarise(record.folder, rulers, losses, in_bits, record.load, record.samples[-1])
         ranks.say(f"{time.time() - start_time:.0f} s in all")
     return code
 

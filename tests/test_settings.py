@@ -89,7 +89,7 @@ def test_a_setting_comes_from_where_the_table_says(kind):
 
 def test_a_new_run_has_its_flags_and_the_defaults(here):
     s = settle("--data", "a.txt", "--lr", 0.5).settings
-    assert (s.data, s.lr, s.seed, s.schedule, s.tokens, s.context) == ("a.txt", 0.5, 1, "wsd", 2_500_000, 256)
+    assert (s.data, s.lr, s.seed, s.schedule, s.tokens, s.context) == ("a.txt", 0.5, 1, "wsd", 2_000_000, 256)
     assert s.micro_batch is None and s.intermediate_size == 3 * s.hidden_size
 
 
@@ -102,7 +102,7 @@ def test_an_init_takes_the_shape_from_the_folder_the_text_from_the_parent_and_a_
                  "seed", "dtype", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens",
                  "save_at"):  # fmt: skip
         assert getattr(s, name) == default(name) != OWN[name], name
-    assert s.tokens == 2_500_000 and start.state is None
+    assert s.tokens == 2_000_000 and start.state is None
     assert settle("--init", "trunk", "--context", 64).settings.context == 64
 
 
