@@ -58,7 +58,8 @@ def test_the_table_names_every_flag_once_but_for_the_two_that_are_no_settings():
     named = [name for names in FROM for name in names]
     flags = vars(settings.get_parser().parse_args([]))
     assert sorted(named) == sorted(flags.keys() - {"overwrite", "resume"})
-    assert all(len(ways) == len(KINDS) and {*ways} <= {"flag", "parent", "folder", "either"} for ways in FROM.values())
+    words = {"flag", "parent", "folder", "either", "text"}
+    assert all(len(ways) == len(KINDS) and {*ways} <= words for ways in FROM.values())
 
 
 WORDS = {"router": "softmax-topk", "optimizer": "adamw", "schedule": "constant", "dtype": "bfloat16"}
@@ -81,8 +82,8 @@ def test_a_setting_comes_from_where_the_table_says(kind):
                     assert inherited(name, *flags) == given and inherited(name) == default(name)
                 case "either":
                     assert inherited(name, *flags) == given and inherited(name) == "the parent's"
-                case "parent" | "folder" as way:
-                    assert inherited(name) == ("the parent's" if way == "parent" else default(name))
+                case "parent" | "folder" | "text" as way:
+                    assert inherited(name) == (default(name) if way == "folder" else "the parent's")
                     with pytest.raises(ValueError, match=f"{settings.flag(name)} .* cannot be given"):
                         inherited(name, *flags)
 
