@@ -81,6 +81,14 @@ def test_the_directions_stay_and_the_length_does_not_matter(shape):
     assert torch.allclose(orthogonal(G), U * S[:, None] @ Vh, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 64, 128), (3, 192, 64)])
+def test_float32_is_enough_for_matrices_with_small_and_large_singular_values(shape):
+    columns = shape[2]
+    G = randn(*shape, dtype=torch.float64) @ (randn(columns, columns).double() * torch.logspace(0, -6, columns))
+    exact = orthogonal(G)
+    assert (orthogonal(G.float()) - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_zeros_stay_zeros_beside_other_matrices():
     O = orthogonal(torch.stack([torch.zeros(6, 4), randn(6, 4)]))
     assert (O[0] == 0).all() and O.isfinite().all() and O[1].norm() > 1
