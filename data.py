@@ -279,10 +279,14 @@ class Reader:
             spent[c.name] = {"weight": c.weight, "tokens": tokens, **c.about}
         return spent
 
-    def load(self, items):
-        """[(corpus index, window number)] -> (ids, targets), int64 tensors (len(items), context)."""
+    def load(self, items, device="cpu"):
+        """[(corpus index, window number)] -> (ids, targets), int64 tensors (len(items), context). A copy to a GPU is
+        from pinned memory: so it goes on while the CPU does other things."""
         T = self.context
-        return inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
+        pair = inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
+        if torch.device(device).type == "cuda":
+            pair = [t.pin_memory() for t in pair]
+        return tuple(t.to(device, non_blocking=True) for t in pair)
 
 
 def same_corpora(spec, other):

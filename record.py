@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 import runs
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
 PEAKS = {
-    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -49,11 +50,13 @@ def lock(folder):
 class Record:
     """The run's folder: tables, samples, checkpoints. The first rank writes; under --fsdp all take part in a save."""
 
-    def __init__(self, start, ranks, corpora, reader, sizes, flops_per_token, overwrite=False):
-        self.start, self.ranks, self.corpora, self.reader, self.sizes = start, ranks, corpora, reader, sizes
-        self.settings, self.flops_per_token, going_on = start.settings, flops_per_token, start.kind == "resume"
+    def __init__(self, start, ranks, corpora, reader, module, optimizers, mask=None, overwrite=False):
+        self.start, self.settings, self.ranks, self.corpora, self.reader = start, start.settings, ranks, corpora, reader
+        self.module, self.optimizers, self.mask = module, optimizers, mask
+        self.flops_per_token = module.flops_per_token(start.settings.context)
+        going_on = start.kind == "resume"
         self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
-        self.seconds = start.state["seconds"] if going_on else 0.0  # of training before this process
+        self.seconds = start.state["seconds"] if going_on else 0.0  # in earlier processes
         self.samples = start.state["samples"] if going_on else []
         self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
@@ -75,7 +78,8 @@ class Record:
             self.write_samples()
 
     def make_folder(self, overwrite):
-        """The run's folder, locked as long as this object lives. Raises OSError if it is locked already, or exists."""
+        """The run's folder, locked as long as this object lives. Raises OSError if it is locked already, if it exists,
+        or if its owner has saved between our reading of its state and the lock."""
         out, resumes = self.settings.out, self.start.kind == "resume"
         if out:
             folder = Path(out)
@@ -90,6 +94,8 @@ class Record:
                     folder.mkdir(parents=True)
                     break
         weakref.finalize(self, os.close, lock(folder))
+        if resumes and checkpoint.read_trainer(folder)["step"] != self.start.state["step"]:
+            raise OSError(f"{folder} went on while this process began (the same command again)")
         for path in () if resumes else self.start.besides:
             shutil.copyfile(path, folder / path.name)
         return folder
@@ -116,9 +122,10 @@ class Record:
             self.write_samples()
 
     def logged(self, step, lr, loss, norm, routing, micros):
-        """A row of log.csv: (what the terminal shows, tokens a second since the row before). routing: a mixture's aux
-        (moe.py), summed up over a step's `micros` micro-batches; its means over the ranks are logged, on all of which
-        this is called."""
+        """Writes a row of log.csv. Returns (what the terminal shows, tokens a second since the row before).
+
+        routing: a mixture's aux (moe.py), summed up over a step's `micros` micro-batches. As its sums and means are
+        over the ranks, all of them call this."""
         row = {"lr": f"{lr:.6g}", "loss": f"{loss:.6f}", "grad_norm": f"{norm:.6f}"}
         if routing:
             self.load = self.ranks.sum(routing["counts"].float())
@@ -136,14 +143,16 @@ class Record:
             runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
         return f"loss {loss:.4f}  {speed:,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if self.peak else ""), speed
 
-    def save(self, folder, step, module, optimizers, mask, finished=False):
+    def save(self, folder, step, finished):
         """Everything at this step into `folder`. trainer.pt comes last, by a rename, and --resume takes its weights and
         state from there alone: a save that is cut short loses no earlier one."""
         whole, tokenizer = self.ranks.whole, self.start.tokenizer
-        weights = {n: whole(t) for n, t in module.state_dict().items()}
-        effective = {n: whole(t) for n, t in mask.effective().items()} if mask else weights  # the mask multiplied in
-        states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-        moments = {n: {k: whole(t) for k, t in states.get(p, {}).items()} for n, p in module.named_parameters()}
+        weights = {n: whole(t) for n, t in self.module.state_dict().items()}
+        effective = weights
+        if self.mask:  # multiplied in
+            effective = {n: whole(t) for n, t in self.mask.effective().items()}
+        states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+        moments = {n: {k: whole(t) for k, t in states.get(p, {}).items()} for n, p in self.module.named_parameters()}
         if not self.ranks.first:
             return
         now, kept = self.counted(step), vars(self.settings)
@@ -151,19 +160,20 @@ class Record:
             "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": self.settings.seed,
             "data": self.reader.since(self.reads_before), "settings": {**kept, "tokenizer": tokenizer.key},
         }  # fmt: skip
-        run = {"tokenizer": tokenizer.name, "step": step, **self.sizes, "lineage": [*self.history, entry]}
+        sizes = self.module.num_parameters()
+        run = {"tokenizer": tokenizer.name, "step": step, **sizes, "lineage": [*self.history, entry]}
         state = {
             "format": 1, "step": step, "finished": finished, "settings": kept, "config": vars(self.start.config),
             "run": run, "weights": weights, "optimizer": moments, "sequence": self.reader.sequence,
             "read": self.reader.read, "reads_before": self.reads_before, "samples": self.samples,
-            "seconds": now["seconds"], "lr": optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
+            "seconds": now["seconds"], "lr": self.optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
         }  # fmt: skip
-        checkpoint.save(module, folder, tokenizer, effective, step)
+        checkpoint.save(self.module, folder, tokenizer, effective, step)
         checkpoint.write_json(folder / "run.json", run)
         with checkpoint.replacing(folder / "trainer.pt") as beside:
             torch.save(state, beside)
 
-    def snapshot(self, step, *what):
+    def snapshot(self, step, finished):
         """A whole folder step-N inside the run's, tables included."""
         partial, target = self.folder / f"step-{step}.partial", self.folder / f"step-{step}"
         if self.ranks.first:
@@ -172,7 +182,14 @@ class Record:
             tables = (self.folder / name for name in ("log.csv", "eval.csv", "samples.txt"))
             for path in (*tables, *checkpoint.besides(self.folder)):
                 shutil.copyfile(path, partial / path.name)
-        self.save(partial, step, *what)
+        self.save(partial, step, finished)
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
             checkpoint.rename(partial, target)
+
+    def summarise(self, losses):
+        """The last lines in the terminal, and the run's plot. losses: of the last evaluation, {corpus: nats}."""
+        s = self.settings
+        rulers = {c.name: data.ngram_losses(c, s.context, s.eval_tokens) for c in self.corpora}
+        in_bits = {c.name: c.bits(losses[c.name]) for c in self.corpora}
+        runs.summarise(self.folder, rulers, losses, in_bits, self.load, self.samples[-1])

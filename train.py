@@ -55,7 +55,6 @@ import horizon
 import model
 import muon
 import operators
-import runs
 import settings
 from mask import Mask
 from ranks import Ranks, Signals
@@ -211,9 +210,11 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
-    step, mask = state["step"] if kind == "resume" else 0, None
-    if step < (s.mask_steps or 0):  # the mask is that of grow.py's entry: the last before this run's own
-        mask = Mask(module, lineage[-2 if kind == "resume" else -1], s.mask_steps, draw=kind != "resume")
+    resumes, mask = kind == "resume", None
+    step = state["step"] if resumes else 0
+    if step < (s.mask_steps or 0):
+        grown = lineage[-2 if resumes else -1]  # grow.py's entry: the last before this run's own
+        mask = Mask(module, grown, s.mask_steps, draw=not resumes)
         mask.open(step)
 
     # data
@@ -223,7 +224,8 @@ def main(argv=None):
             data.same_text(state["run"]["lineage"][-1], corpora)
     except ValueError as error:
         fail(error)
-    # Where the lineage stopped in the text. A resumed run and a branch know it to the window, from trainer.pt.
+    # Where the lineage stopped in the text. A resumed run and a branch take the order alone from it, and know the rest
+    # to the window, from trainer.pt.
     order, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], settings.told_apart(state, s, config, ranks.world)
@@ -250,7 +252,7 @@ def main(argv=None):
         return 0
 
     try:
-        record = Record(start, ranks, corpora, reader, sizes, flops_per_token, args.overwrite)
+        record = Record(start, ranks, corpora, reader, module, optimizers, mask, args.overwrite)
     except OSError as error:
         fail(error)
     signals = Signals()
@@ -259,15 +261,17 @@ def main(argv=None):
     module.train()
     if compiled and not mask:
         compile_blocks(module)
-    fresh = kind != "resume"  # the step at which a run resumes was evaluated and saved before
+    fresh = not resumes  # the step at which a run resumes was evaluated and saved before
     stop = code = 0  # a signal's number; the exit status
     while True:
-        # evaluate, sample, save; a resumed step has done so already
-        if device.type == "cuda" and (step % s.eval_every == 0 or step % s.save_every == 0 or step in snapshots):
-            torch.cuda.synchronize()  # what is still in the queue is training
+        # evaluate, sample, save
+        evaluates = step % s.eval_every == 0 or step == steps or step in snapshots
+        samples = step in {0, steps // 10, steps // 2, steps}
+        if device.type == "cuda" and (evaluates or samples):
+            torch.cuda.synchronize()  # what is still in the queue is training; before a save, the log has waited for it
         pause = time.time()
         if fresh:
-            if step % s.eval_every == 0 or step == steps or step in snapshots:
+            if evaluates:
                 losses, shown = evaluation()
                 ranks.say(f"step {step:>6}  validation  {shown}")
                 if not all(map(math.isfinite, losses.values())):
@@ -276,16 +280,16 @@ def main(argv=None):
                     code = 1
                     break
                 record.evaluated(step, losses)
-            if step in {0, steps // 10, steps // 2, steps} and (ranks.first or s.fsdp):
+            if samples and (ranks.first or s.fsdp):
                 ids = tokenizer.encode([prompt])[0].tolist()
                 with eagerly(compiled):
                     ids += model.generate(module, ids, 160, temperature=0.8, top_p=0.95, seed=1)
                 record.sampled(step, steps, tokenizer.decode(ids))
             try:
                 if step and step in snapshots:
-                    record.snapshot(step, module, optimizers, mask)
+                    record.snapshot(step, finished=step == steps)
                 if step == steps or step % s.save_every == 0 or stop:
-                    record.save(record.folder, step, module, optimizers, mask, finished=step == steps)
+                    record.save(record.folder, step, finished=step == steps)
             except (OSError, RuntimeError, checkpoint.SafetensorError) as error:  # a full disk has three names
                 bar.close()
                 print(f"train.py: step {step} could not be saved: {error} (make room, then: "
@@ -306,13 +310,10 @@ def main(argv=None):
         items = reader.take(accumulate * s.micro_batch * ranks.world)
         loss_sum, routing = torch.zeros((), device=device), {}  # routing: what a mixture says besides, summed up
         for micro in range(accumulate):
-            first = (micro * ranks.world + ranks.rank) * s.micro_batch
-            x, y = reader.load(items[first : first + s.micro_batch])
-            if device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            lo = (micro * ranks.world + ranks.rank) * s.micro_batch
+            x, y = reader.load(items[lo : lo + s.micro_batch], device)
             last = micro == accumulate - 1
-            syncs = last or parallel is module  # DDP: once a step; FSDP sums up after each micro-batch
+            syncs = last or parallel is module  # DDP averages gradients once a step, FSDP after each micro-batch
             with nullcontext() if syncs else parallel.no_sync():
                 with autocast:
                     _, loss, aux = parallel(x, y)
@@ -354,9 +355,7 @@ def main(argv=None):
     bar.close()
     signals.restore()
     if code == 0 and ranks.first:
-        rulers = {c.name: data.ngram_losses(c, s.context, s.eval_tokens) for c in corpora}
-        in_bits = {c.name: c.bits(losses[c.name]) for c in corpora}
-        runs.summarise(record.folder, rulers, losses, in_bits, record.load, record.samples[-1])
+        record.summarise(losses)
         ranks.say(f"{time.time() - start_time:.0f} s in all")
     return code
 
@@ -367,6 +366,8 @@ if __name__ == "__main__":
         code = main()
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        code = end.code
     sys.stdout.flush()
     if dist.is_initialized():  # taking gloo down in order can wait for the interpreter's lock for ever
         os._exit(code)

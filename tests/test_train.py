@@ -944,6 +944,34 @@ def test_a_folder_that_another_process_writes_to_is_refused(here, texts, capsys)
     process.wait()
 
 
+def test_a_run_that_went_on_before_it_was_locked_is_not_set_back(here, texts, monkeypatch, capsys):
+    run(texts, *FEW, "--tokens", 256 * 4, "--save-at", 512, "--out", "whole")
+    shutil.copytree("whole/step-2", "late")
+    prepare, tables = train.prepare, Path("whole/log.csv").read_text()
+
+    def slow(*args):  # meanwhile the process that was stopped saves, and ends
+        for name in ("trainer.pt", "log.csv"):
+            shutil.copyfile(f"whole/{name}", f"late/{name}.new")
+            Path(f"late/{name}.new").replace(f"late/{name}")
+        return prepare(*args)
+
+    monkeypatch.setattr(train, "prepare", slow)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", "late"])
+    assert "late went on while this process began" in capsys.readouterr().err
+    assert Path("late/log.csv").read_text() == tables
+
+
+def test_a_snapshot_of_the_last_step_is_a_finished_run(here, texts, capsys):
+    run(texts, *FEW, "--tokens", 512, "--save-at", 512, "--out", "whole")
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", "whole/step-2"]) == 0
+    assert "whole/step-2 is finished: 2 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--branch", "whole/step-2", "--tokens", "256"])
+    assert "its rate has decayed" in capsys.readouterr().err
+
+
 def test_a_name_taken_since_it_was_checked_is_no_longer_free(here, texts, monkeypatch, capsys):
     prepare = train.prepare
 
