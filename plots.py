@@ -12,6 +12,7 @@ import numpy as np
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
 MARKERS = "osD^vP*"
+plt.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
 
 
 def plain(name):
@@ -34,6 +35,11 @@ def plain_ticks(axis):
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
+def count_ticks(axis):
+    """Counts as 500 k and 2 M."""
+    axis.set_major_formatter(matplotlib.ticker.EngFormatter())
+
+
 def log_ticks(axis):
     """Decades, or 1, 2 and 5 in each if there are few, so that labels stay apart. After the plotting."""
     low, high = axis.get_view_interval()
@@ -41,7 +47,8 @@ def log_ticks(axis):
     if high < 30 * low:
         steps = (1, 2, 5) if high > 5 * low else (1, 2, 3, 4, 6, 8)
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
-        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.0e"))
+        numbers = matplotlib.ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9))
+        axis.set_major_formatter(numbers)
 
 
 def plot_fit(path, report, table, target, law):

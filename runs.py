@@ -77,21 +77,29 @@ def summarise(out, rulers, losses, bits, load, sample):
 
 
 def plot(out, rulers):
-    """loss.png: validation loss over tokens, the n-gram losses as lines across."""
-    from plots import plain, plt
+    """loss.png: training and validation loss over tokens, the n-gram losses as lines across. The validation loss before
+    the first step is left out if there are two more; the first training losses may lie above the frame."""
+    from plots import count_ticks, plain, plt
 
-    with open(out / "eval.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    def column(table, name):
+        with open(out / table, newline="", encoding="utf-8") as file:
+            return [float(row[name]) for row in csv.DictReader(file)]
+
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    tokens = [float(r["tokens"]) for r in rows]
+    axes.plot(column("log.csv", "tokens"), column("log.csv", "loss"), color="0.8", linewidth=1, label="training")
+    tokens, top = column("eval.csv", "tokens"), 0.0
     for i, (name, ruler) in enumerate(rulers.items()):
-        losses = [float(r[f"{name}_loss"]) for r in rows]
-        axes.plot(tokens, losses, "o-", color=f"C{i}", markersize=3, label=plain(name))
+        losses = column("eval.csv", f"{name}_loss")
+        first = len(losses) > 2
+        top = max(top, *losses[first:], *ruler)
+        axes.plot(tokens[first:], losses[first:], "o-", color=f"C{i}", markersize=3, label=f"validation, {plain(name)}")
         for n, level in enumerate(ruler, 1):
             axes.axhline(level, color=f"C{i}", linewidth=0.8, linestyle=":")
             x, side = (tokens[-1], "right") if i % 2 == 0 else (0, "left")
             axes.text(x, level, f"{plain(name)} {n}-gram", fontsize=7, color=f"C{i}", ha=side, va="bottom")
-    axes.set(xlabel="tokens of this run", ylabel="validation loss, nats a token", title=plain(str(out)))
+    axes.set(xlabel="tokens of this run", ylabel="loss, nats a token", title=plain(str(out)))
+    axes.set_ylim(top=1.05 * top)
+    count_ticks(axes.xaxis)
     axes.legend(frameon=False)
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)

@@ -131,7 +131,7 @@ def panel(axes, rows):
                 d = less_than_one(rows, SIZES[-1], budget, G, "flops_total" if x == "FLOPs" else x)
                 curve += [(G, sum(d) / len(d), min(d), max(d))] if all(v == v for v in d) else []
             draw(axes, i, curve, f"equal {x}, {budget / M:g} M tokens at G = 1", style)
-    axes.set(xlabel="granularity G", ylabel="L less that of G = 1")
+    axes.set(xlabel=f"granularity G ({SIZES[-1]})", ylabel="L less that of G = 1")
     axes.set_xscale("log", base=2)
     axes.set_xticks(GRAINS, GRAINS)
     axes.legend(frameon=False, fontsize=8)

@@ -120,7 +120,7 @@ def panel(axes, rows, D2=D2S[-1]):
         d = less_copy(rows, arm, D2) if arm in ARMS or D2 == D2S[-1] else [math.nan]
         axes.plot(d, [i] * len(d), "o", color="C0", ms=4)
     axes.axvline(0, color="0.5", lw=0.8)
-    axes.set(xlabel="L less that of copy, a dot a seed", title=f"D2 = {D2 / M:g} M tokens")
+    axes.set(xlabel="L less that of plain copies, a dot a seed (right: worse)", title=f"D2 = {D2 / M:g} M tokens")
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
 

@@ -149,9 +149,9 @@ def panel(axes, rows):
         axes.plot(found, [i] * len(found), "o", color="C0", ms=4, label="here, a dot a seed" * (i == 0))
         axes.plot(theirs, i, "x", color="C1", label="the paper" * (i == 0))
     axes.axvline(0, color="0.5", lw=0.8)
-    axes.set(xlabel="speed-up in FLOPs against scratch, %", yticks=range(len(PAPER)), yticklabels=PAPER)
+    axes.set(xlabel="speed-up in FLOPs against scratch, % (right: better)", yticks=range(len(PAPER)), yticklabels=PAPER)
     axes.set_ylim(len(PAPER) - 0.5, -0.5)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def plot(home, rows):

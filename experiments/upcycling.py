@@ -122,7 +122,7 @@ def panel(axes, rows):
     """The loss over D2 for each D1, beside the mixture from scratch."""
     for i, (label, arm) in enumerate(mixtures().items()):
         draw(axes, i, band(rows, "budget", **arm), label)
-    axes.set(xscale="log", xlabel="D2, tokens as a mixture", ylabel="validation loss, nats a byte", title=SIZES[-1])
+    axes.set(xscale="log", xlabel=f"D2, tokens as a mixture ({SIZES[-1]} 8x2)", ylabel="validation loss, nats a byte")
     axes.legend(frameon=False, fontsize=8)
 
 

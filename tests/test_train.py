@@ -923,6 +923,7 @@ def test_a_folder_whose_name_is_no_text_at_all_gets_its_plot(here):
     folder = Path("o_\udcff $\\x$")  # a byte that is not UTF-8, as the file system gives it
     folder.mkdir()
     (folder / "eval.csv").write_text("tokens,a_loss\n0,5.5\n256,4.5\n")
+    (folder / "log.csv").write_text("tokens,loss\n32,5.4\n256,4.4\n")
     runs.plot(folder, {"a": [3.0, 2.0, 1.0]})
     assert (folder / "loss.png").stat().st_size > 5000
 
