@@ -20,7 +20,7 @@ MODELS = pick(
     cpu={"64x3": [M, 2 * M, 4 * M, 8 * M], "64x3 8x2": [M, 2 * M, 4 * M]},
     gpu={"256x4": [8 * M, 16 * M, 32 * M], "256x4 8x2": [8 * M, 16 * M, 32 * M]},
 )
-STEPS = {**{shape: SETTING for shape in MODELS}, "256x6": (*SETTING, "--batch-tokens", "4096")}  # to be timed
+STEPS = {shape: SETTING for shape in (*MODELS, "128x3", "128x3 8x2")} | {"256x6": (*SETTING, "--batch-tokens", "4096")}
 
 
 def plan(seeds):
