@@ -1,7 +1,7 @@
 """Muon: an update for matrices that moves every direction by the same amount (Jordan et al., 2024).
 
 A gradient is a sum of directions: G = U S V^T = sum of s_i u_i v_i^T, its singular value decomposition. Adding
-u_i v_i^T to a weight matrix moves what it makes of the input v_i, by u_i. In training a few s_i are large and most are
+u_i v_i^T to a weight matrix adds u_i to its output for the input v_i. In training a few s_i are large and most are
 small. A step along G moves those few directions much and the others hardly. Muon steps along U V^T: all s_i are 1.
 
     M = m M + (1 - m) G                                    momentum, m = 0.95
@@ -16,9 +16,10 @@ No decomposition is computed. The polynomial p(X) = a X + b (X X^T) X + c (X X^T
 each s into a s + b s^3 + c s^5. With a, b, c as below it pushes small s up. Applied five times, it takes every s in
 [0.01, 1] to a value in [0.68, 1.14]. That is near enough to 1, as Jordan found. (This is a Newton-Schulz iteration.)
 
-There are two ways to apply it. With S = X X^T and P = b S + c S^2 it is X <- (a + P) X, five times. Or the five
-factors a + P are multiplied first, and their product meets X at the end: from one factor to the next S becomes
-(a + P) S (a + P). Where X is wide, as in an MLP, S is small: a third less to do. In bf16 it would be too coarse.
+There are two ways to apply it. With S = X X^T and P = b S + c S^2 it is X <- (a + P) X, five times, with S from the new
+X. Or only the small matrices go on: the new S is (a + P) S (a + P), and the product of the five factors a + P meets X
+once, at the end. If X is three times as wide as high, as in an MLP, that is a third less to do. In bf16 S's rounding
+errors would grow too large.
 
 By hand: G = [[0.96, 0], [0, 0.28]] has Frobenius norm 1 (0.96^2 + 0.28^2 = 1), as `orthogonal` wants it. p makes of it
 [[0.739, 0], [0, 0.863]]: for example 3.4445 * 0.28 - 4.7750 * 0.28^3 + 2.0315 * 0.28^5 = 0.863. Larger over smaller
@@ -63,8 +64,8 @@ def orthogonal(X):
         P = torch.baddbmm(S, S, S, beta=B, alpha=C)  # b S + c S S
         Y = torch.baddbmm(Y, P, Y, beta=A)  # (a + P) Y
         if i < 4 and wide:
-            S = torch.baddbmm(S, P, S, beta=A)
-            S = torch.baddbmm(S, P, S, beta=A)  # (a + P) S (a + P), as P and S commute
+            S = torch.baddbmm(S, P, S, beta=A)  # (a + P) S,
+            S = torch.baddbmm(S, P, S, beta=A)  # and once more: the same as (a + P) S (a + P), as P and S commute
         elif i < 4:
             S = Y @ Y.mT
     return Y @ X if wide else Y

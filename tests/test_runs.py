@@ -282,6 +282,7 @@ def test_the_end_of_a_run_is_told_on_one_screen(tmp_path, capsys, load):
     """Also in a folder whose name is half a formula."""
     out = tmp_path / r"o_$\x$"
     make_run(out, [], [5, 3])
+    (out / "log.csv").write_text("tokens,loss\n32,5.4\n256,4.4\n")
     runs.summarise(out, {"python": [4, 3.5, 2.5], "other": [3, 3, 3]}, {"python": 3.0, "other": 9.0},
                    {"python": 1.5, "other": 4.5}, load, "def f():")  # fmt: skip
     shown = capsys.readouterr().out
