@@ -95,10 +95,24 @@ def again(seed):
     return runs + climb("scratch", MIDDLE, [T], seed, "adamw", ("--data", CPP))
 
 
+def from_scratch(rows, run):
+    """The points of the same size and seed from scratch, over D."""
+    return points(rows, "D", arm="scratch", shape=run["shape"], seed=run["seed"])
+
+
 def saved(rows, mine):
     """[1 - D / D from scratch at the same loss, in %] a seed; nan where scratch does not get there."""
-    scratch = lambda row: points(rows, "D", arm="scratch", shape=row["shape"], seed=row["seed"])
-    return [100 * (1 - row["D"] / reach(scratch(row), row["L"])) for row in select(rows, **mine)]
+    return [100 * (1 - run["D"] / reach(from_scratch(rows, run), run["L"])) for run in select(rows, **mine)]
+
+
+def say_saved(rows, mine):
+    """`saved` in words; for a loss that scratch does not reach within its budgets: more than its largest says."""
+    runs, found = select(rows, **mine), saved(rows, mine)
+    lasts = [from_scratch(rows, run)[-1:] for run in runs]
+    if any(v != v for v in found) and all(last and run["L"] < last[0][1] for run, last in zip(runs, lasts)):
+        least = min(100 * (1 - run["D"] / last[0][2]) for run, last in zip(runs, lasts))
+        return f"above {least:.0f} %" if least > 1 else "outside"
+    return verdict(found, " %")
 
 
 def saved_by_law(first, N, D):
@@ -123,9 +137,8 @@ def show(home):
         for D in BUDGETS:
             mine = dict(arm="continual", shape=size, budget=D)
             run = select(muon, **mine)[0]
-            percent = saved(muon, mine)
             table.append([size, f"{D / M:g} M", cell([r["L"] for r in select(muon, **mine)], ""),
-                          cell(less(muon, mine, dict(arm="scratch", shape=size), "D")), verdict(percent, " %"),
+                          cell(less(muon, mine, dict(arm="scratch", shape=size), "D")), say_saved(muon, mine),
                           span_of(second, saved_by_law(first, run["N"], run["D"])) + " %"])  # fmt: skip
     heads = ["size", "C++", "L", "less scratch", "FLOPs saved, measured", "by the fits"]
     markdown(heads, table)
@@ -144,7 +157,7 @@ def show(home):
     last = dict(arm="continual", shape=MIDDLE, budget=T)
     for name, arm in (("near (C++)", last), ("far (its bytes permuted)", dict(arm="far"))):
         gain = less(muon, arm, dict(arm="scratch", shape=MIDDLE), "D")
-        print(f"{name}, {T / M:g} M: less scratch {verdict(gain)}; FLOPs saved {verdict(saved(muon, arm), ' %')}")
+        print(f"{name}, {T / M:g} M: less scratch {verdict(gain)}; FLOPs saved {say_saved(muon, arm)}")
     control = less(muon, dict(arm="far scratch"), dict(arm="scratch", shape=MIDDLE), "D")
     print(f"from scratch, far less near: {verdict(control)} (0: the two are equally hard)")
     apart = less(muon, dict(arm="undecayed"), dict(arm="continual", shape=MIDDLE), "D")

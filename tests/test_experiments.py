@@ -237,6 +237,16 @@ def test_a_committed_table_is_enough_for_the_verdict_and_the_figure(name, tmp_pa
         assert text in said, said
 
 
+def test_flops_saved_beyond_what_scratch_has_reached_are_a_bound():
+    continual = importlib.import_module("continual")
+    scratch = [dict(arm="scratch", shape="a", seed=1, D=D, L=L) for D, L in ((1e6, 2.0), (2e6, 1.8), (4e6, 1.6))]
+    said = lambda D, L: continual.say_saved([*scratch, dict(arm="x", shape="a", seed=1, D=D, L=L)], dict(arm="x"))
+    assert said(1e6, 1.8) == "+50 % (one seed)"
+    assert said(1e6, 1.59) == "above 75 %"
+    assert said(4e6, 1.59) == "outside"
+    assert said(1e6, 2.1) == "outside"
+
+
 def test_an_optimizer_is_judged_at_equal_tokens_and_at_equal_seconds(tmp_path, capsys):
     """A step of Muon that takes 1.6 times as long: AdamW reads 1.6 times as much meanwhile."""
     module = importlib.import_module("optimizers")
