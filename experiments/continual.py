@@ -22,6 +22,7 @@ as C++ (measured, too), but not a byte of it means what it meant in Python. Unde
 """
 
 import json
+import math
 import os
 import sys
 from contextlib import suppress
@@ -106,13 +107,14 @@ def saved(rows, mine):
 
 
 def say_saved(rows, mine):
-    """`saved` in words; for a loss that scratch does not reach within its budgets: more than its largest says."""
-    runs, found = select(rows, **mine), saved(rows, mine)
-    lasts = [from_scratch(rows, run)[-1:] for run in runs]
-    if any(v != v for v in found) and all(last and run["L"] < last[0][1] for run, last in zip(runs, lasts)):
-        least = min(100 * (1 - run["D"] / last[0][2]) for run, last in zip(runs, lasts))
-        return f"above {least:.0f} %" if least > 1 else "outside"
-    return verdict(found, " %")
+    """`saved` in words. Where a seed's loss is below all that scratch reaches: what every seed saves at least."""
+    found, least = saved(rows, mine), math.inf
+    for run, percent in zip(select(rows, **mine), found):
+        _, lowest, most = from_scratch(rows, run)[-1]
+        if math.isnan(percent):
+            percent = 100 * (1 - run["D"] / most) if run["L"] < lowest else -math.inf
+        least = min(least, percent)
+    return f"above {least:.0f} %" if any(map(math.isnan, found)) and least > 1 else verdict(found, " %")
 
 
 def saved_by_law(first, N, D):
