@@ -1,6 +1,6 @@
 """Another language, measured here: what does a model of Python save when it learns C++, and what does it forget?
 
-    python experiments/continual.py run [--seeds 1 2 3] [--share 1/2]     # about 3.1 core-hours; a second call goes on
+    python experiments/continual.py run [--seeds 1 2 3] [--share 1/2]     # about 3.5 core-hours; a second call goes on
     python experiments/continual.py speed                                 # seconds a step of each size
     python experiments/continual.py show                                  # tables, verdicts, figure
 
@@ -167,6 +167,11 @@ def show(home):
     for name, some in (("Muon", muon), ("AdamW", adamw)):
         gain = less(some, last, dict(arm="scratch", shape=MIDDLE), "D")
         print(f"continual less scratch, {MIDDLE}, {T / M:g} M, {name}: {verdict(gain)}")
+    for size in SIZES:
+        for D in BUDGETS[:2]:
+            mine, theirs = dict(arm="continual", shape=size, budget=D), dict(arm="scratch", shape=size)
+            behind = less(muon, mine, theirs, "flops_total")
+            print(f"the parent counted, {size}, {D / M:g} M, less scratch at equal FLOPs: {verdict(behind)}")
     plot(home, muon)
 
 
@@ -176,6 +181,8 @@ def panel(axes, rows):
     runs += [r | {"share": float(r["arm"].split()[1])} for r in rows if r["arm"].startswith("replay")]
     for i, (y, label) in enumerate((("L", "C++"), ("L_old", "Python"))):
         draw(axes, i, band(runs, "share", y, by="share"), label)
+    parents = [r["L"] for r in select(rows, arm="parent", shape=MIDDLE)]
+    axes.axhline(sum(parents) / len(parents), color="0.5", lw=0.8, ls=":", label="Python, before")
     axes.set(xlabel="share of Python", ylabel="validation loss", title=f"{MIDDLE}, {T / M:g} M tokens in all")
     axes.legend(frameon=False, fontsize=8)
 
