@@ -81,15 +81,13 @@ def plot(out, rulers):
     the first step is left out if there are two more; the first training losses may lie above the frame."""
     from plots import count_ticks, plain, plt
 
-    def column(table, name):
-        with open(out / table, newline="", encoding="utf-8") as file:
-            return [float(row[name]) for row in csv.DictReader(file)]
-
+    logged, evaluated = read_csv(out / "log.csv"), read_csv(out / "eval.csv")
+    numbers = lambda rows, name: column(out, rows, name, least=0)
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.plot(column("log.csv", "tokens"), column("log.csv", "loss"), color="0.8", linewidth=1, label="training")
-    tokens, top = column("eval.csv", "tokens"), 0.0
+    axes.plot(numbers(logged, "tokens"), numbers(logged, "loss"), color="0.8", linewidth=1, label="training")
+    tokens, top = numbers(evaluated, "tokens"), 0.0
     for i, (name, ruler) in enumerate(rulers.items()):
-        losses = column("eval.csv", f"{name}_loss")
+        losses = numbers(evaluated, f"{name}_loss")
         first = len(losses) > 2
         top = max(top, *losses[first:], *ruler)
         axes.plot(tokens[first:], losses[first:], "o-", color=f"C{i}", markersize=3, label=f"validation, {plain(name)}")
