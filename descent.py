@@ -111,7 +111,7 @@ def descend(X, y, theta, free, steps, weights=1.0):
     diagonal (Marquardt 1963), so each coefficient has a step of its own size: 1 more in alpha changes far more than 1
     more in ln A.
     """
-    damping, reach = np.full(len(theta), 1e-2), np.abs(X).max((0, 2))
+    damping, reach = np.full(len(theta), 1e-2), np.abs(X).max((0, 2))  # reach: the largest factor of each
     r, share = residuals(theta, X, y)
     f = (weights * huber(r)).sum(1)
     for _ in range(steps):

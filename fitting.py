@@ -89,9 +89,9 @@ def solve(form, table, target="L", fixed=None, starts=None, also=None):
     starts = starts if also is None else np.vstack([starts, also])
     for name, value in fixed.items():
         j = names.index(name)
-        starts[:, j] = value if not prefactor[j] else log(value) if value else NOTHING
+        starts[:, j] = (log(value) if value else NOTHING) if prefactor[j] else value
     theta, f = search(X, y, starts, free)
-    slid, lowest = theta[None], np.array([np.inf])
+    slid, lowest = theta[None], np.array([np.inf])  # a law without a floor: none is possible
     if E is not None:
         slid = np.tile(theta, (51, 1))
         slid[:, E] = log(np.append(1e-9, np.linspace(0.01, 0.99, 50))) + y.min()  # 1e-9 for 0, which has no logarithm
@@ -141,7 +141,8 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
 
 def held_out(form, table, target, fixed, best):
     """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others.
-    Only starts come from `best`, the fit to all runs (its floors in the place of the whole grid), and no losses."""
+    It starts at the floors of `best`, the fit to all runs, in the place of the whole grid: so the largest runs say
+    where to start, and no more."""
     size = sum(log(table[c]) for c in columns(form) if c != "G")  # granularity makes no run larger
     order = np.argsort(size, kind="stable")
     small, large = ({c: v[part] for c, v in table.items()} for part in np.split(order, [-max(1, len(order) // 5)]))

@@ -37,11 +37,13 @@ def memory_for_activations(device, sizes, shards):
     return 16e9
 
 
-def default_micro_batch(config, context, windows, memory):
+def default_micro_batch(config, context, windows, memory, recomputes=False):
     """The largest divisor of a rank's windows that fits into `memory` bytes. In each layer a token keeps about 12 bytes
-    for every number of its residual stream and of its MLPs."""
+    for every number of its residual stream and of its MLPs; if it recomputes blocks, in one layer, and of the others
+    their input in fp32."""
     width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
-    most = memory / (12 * config.num_hidden_layers * width * context)
+    layers = 1 if recomputes else config.num_hidden_layers
+    most = memory / ((12 * layers * width + 4 * config.num_hidden_layers * config.hidden_size * recomputes) * context)
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
 
 
@@ -69,9 +71,10 @@ def check_rate(s):
         raise ValueError(f"--lr is {s.lr} and --min-lr {s.min_lr} (a rate above 0, and not below its minimum)")
 
 
-def complete(s, config, sizes, flops_per_token, device, world, lineage=()):
+def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recomputes=False):
     """(steps of the run, the steps that --save-at means). Fills in what is counted in steps, and the micro-batch.
-    lineage: what came before the run. Raises ValueError for what does not fit into the run."""
+    lineage: what came before the run; recomputes: each block runs twice. Raises ValueError for what does not fit into
+    the run."""
     tokens = s.tokens
     if s.flops is not None:
         tokens = s.flops / flops_per_token
@@ -80,14 +83,20 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=()):
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
-    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory)
+    if device.type == "cuda":  # logits, their softmax and gradient: 12 bytes each, of 2^30 at most (model.py)
+        memory -= 12 * min(2**30, windows * s.context * config.vocab_size)
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory, recomputes)
     if s.lr == "auto":
         n = max(1, steps)  # a run of no steps only evaluates
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    # at most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that)
-    evaluations = min(10, max(1, steps * s.batch_tokens // (4 * s.eval_tokens)))
+    if steps and s.warmup >= steps:
+        raise ValueError(f"--warmup {s.warmup} is not below the run's {steps} steps (its rate would never be reached)")
+    # At most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that). On
+    # CUDA a token in fp32 costs three to five times one of training in bf16.
+    part = 40 if device.type == "cuda" else 4
+    evaluations = min(10, max(1, steps * s.batch_tokens // (part * s.eval_tokens)))
     s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
     s.save_every = s.save_every or max(1, math.ceil(steps / 10))
     if steps and steps < (s.mask_steps or 0):

@@ -41,6 +41,7 @@ import inspect
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -287,17 +288,23 @@ def read_table(path, the, blocks=None, where=()):
     """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row.
     where: conditions on the rows, as tables.chosen() has them."""
     rows, seen = chosen(path, read_csv(path), where), {}
+    if "E" in columns(the.form):  # to such a law a dense model is a mixture of one expert; runs.py leaves E, K empty
+        rows = [r | {"E": "1", "K": "1"} if (r.get("E"), r.get("N")) == ("", r.get("N_total")) else r for r in rows]
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
-    # E, K: experts, and experts a token, unless the law reads them
-    kinds = [" ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K") if name not in table) for r in rows]
+    # experts, experts a token, and what the loss is about, unless the law reads them
+    kinds = [", ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K", "corpus") if name not in table)
+             for r in rows]
     for i, run in enumerate(zip(*table.values())):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
         if kinds[i] != kinds[0]:
             pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
-            raise ValueError(f"{path}: {pair} (one law, one kind of model: leave rows out)")
-    return table, column(path, rows, blocks, least=None) if blocks else None
+            raise ValueError(f"{path}: {pair} (one law, one kind of model, one text: choose with --where)")
+    labels = column(path, rows, blocks, least=None) if blocks else None
+    if labels and "" in labels:
+        raise ValueError(f"{path}: {named(rows, labels.index(''))} has no {blocks} (a block for each run)")
+    return table, labels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,11 +384,14 @@ def warn(model, factors, name=""):
 def run_fit(args):
     the, fixed = row(args.law, args.set), {}
     if args.first_stage:
-        stage = load_fit(args.first_stage)["coefficients"]
+        first = load_fit(args.first_stage)
+        stage = first["coefficients"]
         if not the.frozen or not {*the.frozen} <= stage.keys():
             raise ValueError(f"--first-stage {args.first_stage} has {', '.join(stage)} (the second stage of {args.law} "
                              f"{args.set or ''} freezes {', '.join(the.frozen) or 'nothing'})")
         fixed = {name: stage[name] for name in the.frozen}
+        if unsure := [name for name in fixed if name in first["undetermined"]]:
+            print(f"! the runs of the first stage do not determine {', '.join(unsure)}", file=sys.stderr)
     if args.blocks and not args.bootstrap:
         raise ValueError(f"--blocks {args.blocks} without --bootstrap (give e.g. --bootstrap 1000)")
     table, blocks = read_table(args.table, the, args.blocks, args.where)
@@ -439,7 +449,7 @@ def main(argv=None):
     sub.add_argument("table", metavar="RUNS.CSV", help="run table with the law's columns and L")
     add = sub.add_argument_group("what is fitted").add_argument
     add("--set", metavar="NAME", help="set whose form is fitted (default: the law's first)")
-    add("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="only such rows (default: all rows)")
+    add("--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help="only such rows (default: all)")
     add("--first-stage", metavar="FILE", help="fit JSON to take coefficients from that the paper freezes: "
         "continual E, A, alpha; fine-grained dense c; upcycling E (default: none)")
     add = sub.add_argument_group("intervals").add_argument

@@ -263,7 +263,8 @@ def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
 # multiply the hidden activations by the score, not the output: down is linear, and they are fewer numbers if F < D.
 #
 #     loop       still one expert after the other, which keeps it in a CPU's cache; the gradient is by hand
-#     grouped    one product for all experts: static shapes, nothing waits for the host. CUDA in bfloat16
+#     grouped    one product for all experts: static shapes. CUDA in bfloat16. Nothing waits for the host on compute
+#                capability 9 and 10 (H100, B200); on other cards torch loops over the experts itself, and waits
 
 
 @torch.compiler.disable  # group sizes are data here: nothing to compile

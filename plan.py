@@ -56,7 +56,7 @@ from scipy.optimize import brentq
 import laws
 from descent import columns, evaluate
 from laws import active, band, outside, predict, published, row
-from tables import DAMAGE, Commands, number, show
+from tables import DAMAGE, Commands, number, show, whole
 
 
 def search(loss, at):
@@ -163,29 +163,41 @@ def budget(N, D1, C, models=None, top_k=2):
 
 
 def have(folder):
-    """(N, tokens of the lineage, configuration) of a dense run's folder. ValueError if it is none."""
+    """(N, tokens of the lineage, configuration, last settings) of a dense run's folder. ValueError if it is none."""
     try:
         run, config = (json.loads((Path(folder) / name).read_text("utf-8")) for name in ("run.json", "config.json"))
         N, dense = number(run["N"]), run["N_total"] == run["N"]
         tokens = [step["tokens"] for step in run["lineage"] if "tokens" in step]
         D1 = None if None in tokens else number(sum(tokens))
+        settings = [step["settings"] for step in run["lineage"] if "settings" in step]
     except (OSError, *DAMAGE) as wrong:
         raise ValueError(f"--have {folder} is no run's folder: {wrong} (give --have-n and --have-d)") from None
     if not dense:
         raise ValueError(f"--have {folder} is a mixture (budget starts from a dense model)")
     if D1 is None:
         raise ValueError(f"--have {folder}: nobody knows its source's tokens (give --have-n {N:.4g} and --have-d)")
-    return N, D1, config
+    return N, D1, config, settings[-1] if settings else {}
 
 
-def command(way, tokens, folder, config, experts, top_k):
+def flags_like(folder, config, settings):
+    """The flags that give a new model the shape of the one in a folder, its text and its tokenizer."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
+    flags = {name: config[name] for name in names if name in config}
+    flags |= {name: settings[name] for name in ("data", "context") if settings.get(name)}
+    flags |= {"tokenizer": folder} if settings.get("tokenizer", "bytes") != "bytes" else {}
+    words = [f"--{name.replace('_', '-')} {quote(str(value))}" for name, value in flags.items()]
+    words += ["--no-qk-norm"] * ("qwen3" not in config.get("model_type", "qwen3"))
+    return " ".join(words + ["--tie-word-embeddings"] * bool(config.get("tie_word_embeddings")))
+
+
+def command(way, tokens, folder, config, settings, experts, top_k):
     """What to type for one of the four ways. Without a folder, and so without a configuration, names stand for them."""
-    how = {"train on": "", "upcycle": f" --upcycle {experts:g}x{top_k:g}", "stack": f" --stack {laws.GROW}"}
+    tokens = f"{max(1, round(tokens)):.4g}"
+    how = {"train on": "", "upcycle": f" --upcycle {experts}x{top_k}", "stack": f" --stack {laws.GROW}"}
     if way in how:
-        return f"python train.py --init {quote(folder) if folder else 'FOLDER'}{how[way]} --tokens {tokens:.4g}"
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-    shape = " ".join(f"--{name.replace('_', '-')} {config[name]}" for name in names if name in config)
-    return f"python train.py {shape or 'SHAPE'} --experts {experts:g} --top-k {top_k:g} --tokens {tokens:.4g}"
+        return f"python train.py --init {quote(folder) if folder else 'FOLDER'}{how[way]} --tokens {tokens}"
+    shape = flags_like(folder, config, settings) if folder else "SHAPE"
+    return f"python train.py {shape} --experts {experts} --top-k {top_k} --tokens {tokens}"
 
 
 def run_optimal(args):
@@ -215,18 +227,19 @@ def run_budget(args):
         if report["law"] != "upcycling" or report["set"] in models:
             raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
         models[report["set"]] = report
-    config = {}
+    config = settings = {}
     if args.have:
         if args.have_n or args.have_d:
             raise ValueError(f"--have {args.have} says what --have-n and --have-d would (leave them out)")
-        args.have_n, args.have_d, config = have(args.have)
+        args.have_n, args.have_d, config, settings = have(args.have)
     if not (args.have_n and args.have_d and args.flops):
         raise ValueError("budget needs --flops, and --have FOLDER or both --have-n and --have-d")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
     best = answer["best"]
-    answer["command"] = command(best, answer["tokens"][best], args.have, config, args.experts, args.top_k)
+    answer["command"] = command(best, answer["tokens"][best], args.have, config, settings, args.experts,
+                                args.top_k)  # fmt: skip
     answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2. --top-k changes FLOPs, not coefficients")
@@ -268,8 +281,8 @@ def main(argv=None):
     add("--have-d", type=number, metavar="D1", help="without --have: its tokens so far")
     add("--flops", type=number, metavar="C", help="FLOPs from here on (required)")
     add = sub.add_argument_group("what it may become").add_argument
-    add("--experts", type=number, default=8, help="experts of the MoE, in the printed command (default: 8)")
-    add("--top-k", type=number, default=2, help="experts a token, sets N_active (default: 2)")
+    add("--experts", type=whole, default=8, help="experts of the MoE, in the printed command (default: 8)")
+    add("--top-k", type=whole, default=2, help="experts a token, sets N_active (default: 2)")
     add = sub.add_argument_group("coefficients").add_argument
     add("--fit", action="append", metavar="FILE", help="fit JSON of an upcycling set; repeat for others")
     with np.errstate(all="ignore"):  # what comes out infinite is refused in words

@@ -54,17 +54,20 @@ class Record:
         self.start, self.settings, self.ranks, self.corpora, self.reader = start, start.settings, ranks, corpora, reader
         self.module, self.optimizers, self.mask = module, optimizers, mask
         self.flops_per_token = module.flops_per_token(start.settings.context)
-        going_on = start.kind == "resume"
-        self.history = start.lineage[:-1] if going_on else start.lineage  # without this run's own entry
-        self.seconds = start.state["seconds"] if going_on else 0.0  # in earlier processes
-        self.samples = start.state["samples"] if going_on else []
-        self.reads_before = start.state["reads_before"] if going_on else dict(reader.read)
+        if start.kind == "resume":
+            step = last = start.state["step"]
+            self.history = start.lineage[:-1]  # without this run's own entry
+            self.seconds = start.state["seconds"]  # in earlier processes
+            self.samples, self.reads_before = start.state["samples"], start.state["reads_before"]
+        else:
+            step, last = 0, -1
+            self.history, self.seconds, self.samples, self.reads_before = start.lineage, 0.0, [], dict(reader.read)
         gpu = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
         self.peak = next((peak for name, peak in PEAKS.items() if name in gpu), None)
         self.load = None  # tokens of each expert, (layers, experts), in the step that was logged last
         made = self.make_folder(overwrite) if ranks.first else None
         self.folder, self.since = ranks.agree(made), time.time()
-        self.last_time, self.last_step = self.since, start.state["step"] if going_on else 0  # of the last row
+        self.last_time, self.last_step = self.since, step  # of the last row
         self.settings.out = str(self.folder)
         self.columns = "step tokens flops seconds lr loss grad_norm tokens_per_second tflops mfu".split()
         if start.config.experts:
@@ -72,7 +75,6 @@ class Record:
         self.eval_columns = ["step", "tokens", "flops", "seconds"]
         self.eval_columns += [f"{c.name}_{what}" for c in corpora for what in ("loss", "bits_per_byte")]
         if ranks.first:
-            last = start.state["step"] if going_on else -1
             runs.open_table(self.folder / "log.csv", self.columns, last)
             runs.open_table(self.folder / "eval.csv", self.eval_columns, last)
             self.write_samples()
@@ -103,25 +105,25 @@ class Record:
     def write_samples(self):
         (self.folder / "samples.txt").write_text("".join(self.samples), encoding="utf-8")
 
-    def counted(self, step):
+    def progress(self, step):
         tokens = step * self.settings.batch_tokens
         seconds = round(self.seconds + time.time() - self.since, 3)
         return {"step": step, "tokens": tokens, "flops": tokens * self.flops_per_token, "seconds": seconds}
 
-    def evaluated(self, step, losses):
-        row = self.counted(step)
+    def log_evaluation(self, step, losses):
+        row = self.progress(step)
         for c in self.corpora:
             row[f"{c.name}_loss"] = f"{losses[c.name]:.6f}"
             row[f"{c.name}_bits_per_byte"] = f"{c.bits(losses[c.name]):.6f}"
         if self.ranks.first:
             runs.add_row(self.folder / "eval.csv", self.eval_columns, row)
 
-    def sampled(self, step, steps, text):
+    def log_sample(self, step, steps, text):
         self.samples.append(f"==== step {step} of {steps} ====\n{text}\n\n")
         if self.ranks.first:
             self.write_samples()
 
-    def logged(self, step, lr, loss, norm, routing, micros):
+    def log_step(self, step, lr, loss, norm, routing, micros):
         """Writes a row of log.csv. Returns (what the terminal shows, tokens a second since the row before).
 
         routing: a mixture's aux (moe.py), summed up over a step's `micros` micro-batches. As its sums and means are
@@ -140,7 +142,7 @@ class Record:
         row |= {"tokens_per_second": round(speed, 1), "tflops": round(speed * self.flops_per_token / 1e12, 4),
                 "mfu": round(mfu, 4) if self.peak else ""}  # fmt: skip
         if self.ranks.first:
-            runs.add_row(self.folder / "log.csv", self.columns, self.counted(step) | row)
+            runs.add_row(self.folder / "log.csv", self.columns, self.progress(step) | row)
         return f"loss {loss:.4f}  {speed:,.0f} tokens/s" + (f"  MFU {mfu:.1%}" if self.peak else ""), speed
 
     def save(self, folder, step, finished):
@@ -155,7 +157,7 @@ class Record:
         moments = {n: {k: whole(t) for k, t in states.get(p, {}).items()} for n, p in self.module.named_parameters()}
         if not self.ranks.first:
             return
-        now, kept = self.counted(step), vars(self.settings)
+        now, kept = self.progress(step), vars(self.settings)
         entry = {
             "step": "train", "tokens": now["tokens"], "flops": now["flops"], "seed": self.settings.seed,
             "data": self.reader.since(self.reads_before), "settings": {**kept, "tokenizer": tokenizer.key},

@@ -161,6 +161,7 @@ def read_run(folder, corpus=None, smooth=1):
             "run": str(folder), "corpus": corpus, "L": fmean(L[-smooth:]), **counts, "E": E, "K": K, "G": G,
             "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
             "flops_total": total(lineage, "flops"), "lineage": about["lineage"], "config": config,
+            "text": ((last.get("settings") or {}).get("tokenizer"), last["data"].get(corpus, {}).get("sha256")),
             "done": share_done(lineage[-1], counts["N_active"]),
             "curve": [(None if C is None else C + spent, loss) for spent, loss in zip(flops, L)],
         }
@@ -214,6 +215,9 @@ def compare(runs, target=None):
         if run["corpus"] != first["corpus"]:
             raise ValueError(f"{first['run']} has its loss on {first['corpus']}, {run['run']} on {run['corpus']} "
                              "(choose one with --corpus)")
+        if run["text"] != first["text"]:
+            raise ValueError(f"{first['run']} and {run['run']} have another text called {run['corpus']}, or another "
+                             "tokenizer (runs on the same text)")
     for run in runs[1:]:
         goal = target or max(min(loss for _, loss in r["curve"]) for r in (first, run))
         scratch, grown = flops_to_reach(first, goal), flops_to_reach(run, goal)

@@ -199,7 +199,8 @@ def get_parser(commands=""):
     add("--eval-every", type=number, help="steps between evaluations (default: what costs a twelfth of the run)")
     add("--eval-tokens", type=number, default=data.EVAL_TOKENS, help="tokens of a corpus to evaluate at most")
     add("--save-every", type=number, help="steps between checkpoints (default: a tenth of the run)")
-    add("--save-at", type=counts, default=[], metavar="TOKENS,...", help="keep snapshots in OUT/step-N (default: none)")
+    add("--save-at", type=counts, action="extend", default=[], metavar="TOKENS,...",
+        help="keep snapshots in OUT/step-N (default: none)")
     return parser
 
 
@@ -221,16 +222,8 @@ def settle(args, given, world):
     """Flags and the folders they name -> Start. world: number of ranks. Raises ValueError or FileNotFoundError."""
     kind = next((k for k in ("resume", "branch", "init") if getattr(args, k)), "new")
     check_flags(kind, args, given)
-    folder, config, lineage, state, operators, besides = None, None, [], None, [], []
-    if kind == "resume":
-        folder, state = args.out, read_trainer(args.out)
-        config, lineage, named = model.Config(**state["config"]), state["run"]["lineage"], state["run"]["tokenizer"]
-    elif kind != "new":
-        folder = checkpoint.find(args.init or args.branch)
-        config = read_config(folder)
-        state = read_trainer(folder) if kind == "branch" else None
-        locate(folder, config)  # headers only: what is missing or torn is said now
-        named, lineage = read_lineage(folder, args.source_tokens)
+    folder, config, lineage, state, named = read_parent(kind, args)
+    operators, besides = [], []
     stored = state["settings"] if state else last_settings(lineage)
     s = inherit(kind, args, given, stored)
     match kind:
@@ -257,10 +250,27 @@ def settle(args, given, world):
     if kind != "resume":
         finish(kind, s, given, config, tokenizer)
     find_text(s.data, moved=state is not None)
-    if s.fsdp and (state["step"] if kind == "resume" else 0) < (s.mask_steps or 0):
+    step = state["step"] if kind == "resume" else 0
+    if s.fsdp and step < (s.mask_steps or 0):
         raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
     check_batch(s, world, fit="micro_batch" not in given)
     return Start(kind, s, config, tokenizer, lineage, state, operators, besides)
+
+
+def read_parent(kind, args):
+    """(folder, Config, lineage, what trainer.pt holds, name of the tokenizer) of what the run goes on from."""
+    if kind == "new":
+        return None, None, [], None, None
+    if kind == "resume":
+        state = read_trainer(args.out)
+        run = state["run"]
+        return args.out, model.Config(**state["config"]), run["lineage"], state, run["tokenizer"]
+    folder = checkpoint.find(args.init or args.branch)
+    config = read_config(folder)
+    state = read_trainer(folder) if kind == "branch" else None
+    locate(folder, config)  # headers only: what is missing or torn is said now
+    named, lineage = read_lineage(folder, args.source_tokens)
+    return folder, config, lineage, state, named
 
 
 def inherit(kind, args, given, stored):
@@ -272,16 +282,17 @@ def inherit(kind, args, given, stored):
         for name in names:
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
-            same = given.get(name) in (before, "auto")  # what auto was, the run knows
             if way == "text":  # that it is the same to the byte is checked when it is read
                 way = "either" if name in given and data.same_corpora(value, before) else "parent"
+            same = given.get(name) in (before, "auto")  # what auto was, the run knows
             if way == "parent" and name in given and (kind == "branch" or not same):
                 keeps = {"branch": "a branch keeps data, optimizer, seed and rate", "resume": "a resumed run keeps all"}
                 raise ValueError(f"{flag(name)} {value} cannot be given: the run has {before} ({keeps[kind]})")
             if way == "folder" and name in given and name not in upcycling:
                 raise ValueError(f"{flag(name)} {value} cannot be given with a parent (its folder says the shape)")
             # way "folder": `finish` puts in what config.json says
-            setattr(s, name, before if way == "parent" or (way == "either" and name not in given) else value)
+            inherits = way == "parent" or (way == "either" and name not in given)
+            setattr(s, name, before if inherits else value)
     return s
 
 
@@ -379,8 +390,7 @@ def check_flags(kind, args, given):
     ground = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if args.tokens != 0 and not (ground.is_dir() and os.access(ground, os.W_OK)):  # 0 writes nothing
         raise ValueError(f"--out {out}: nothing can be made in {ground} (a folder that can be written)")
-    out = out if args.out else None
-    if out and out.exists():
+    if args.out and out.exists():
         if not args.overwrite:
             raise ValueError(f"--out {out} exists (another name, --resume to go on with it, --overwrite to delete it)")
         check_overwrite(out, args)

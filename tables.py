@@ -39,6 +39,8 @@ def read_csv(path):
             header, *rows = [r for r in csv.reader(file) if r] or [[]]
         except csv.Error as wrong:
             raise ValueError(f"{path} is not CSV: {wrong}") from None
+    if "\0" in "".join(header):
+        raise ValueError(f"{path} is UTF-16 (save it as CSV in UTF-8)")
     mark = re.search("[;\t|]", header[0]) if len(header) == 1 else None
     for i, r in enumerate(rows, 1):
         if len(r) > len({*header}) and not mark:  # then column() says what it is
@@ -69,7 +71,9 @@ def column(path, rows, name, least=1e-60):
             values[i] = number(cell, least)
         except DAMAGE:
             remedy = "a finite number above 0" if cell else "unknown: leave the row out"
-            if re.fullmatch(r"\d+,\d+(e\d+)?", cell):
+            if re.fullmatch(r"\d{1,3}(,\d{3})+", cell):
+                remedy = "thousands: leave the commas out; a decimal comma: write a point"
+            elif re.fullmatch(r"\d+,\d+(e\d+)?", cell):
                 remedy = "a decimal comma: write a point"
             raise ValueError(f"{path}, {named(rows, i)}, column {name}: {cell!r} ({remedy})") from None
     return values

@@ -31,6 +31,7 @@ Try:
   3. Train with `--grad-clip 0 --optimizer adamw --lr 0.03`: read in log.csv at which grad_norm the loss leaves.
 """
 
+import errno
 import importlib.util
 import itertools
 import math
@@ -175,7 +176,9 @@ def main(argv=None):
     args, given = settings.read_flags(parser, argv)
 
     def fail(error):
-        parser.error(str(error)) if ranks.first else sys.exit(2)
+        if ranks.first:
+            parser.error(str(error))  # exits, too
+        sys.exit(2)
 
     # settings, and what depends on the device
     try:
@@ -201,7 +204,9 @@ def main(argv=None):
     module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
-        steps, snapshots = horizon.complete(s, config, sizes, flops_per_token, device, ranks.world, lineage)
+        steps, snapshots = horizon.complete(
+            s, config, sizes, flops_per_token, device, ranks.world, lineage, module.recompute_blocks
+        )
     except ValueError as error:
         fail(error)
     s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ
@@ -210,8 +215,8 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
-    resumes, mask = kind == "resume", None
-    step = state["step"] if resumes else 0
+    resumes = kind == "resume"
+    step, mask = state["step"] if resumes else 0, None
     if step < (s.mask_steps or 0):
         grown = lineage[-2 if resumes else -1]  # grow.py's entry: the last before this run's own
         mask = Mask(module, grown, s.mask_steps, draw=not resumes)
@@ -226,11 +231,14 @@ def main(argv=None):
         fail(error)
     # Where the lineage stopped in the text. A resumed run and a branch take the order alone from it, and know the rest
     # to the window, from trainer.pt.
-    order, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
+    first_seed, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
     if state:
         sequence, read, notes = state["sequence"], state["read"], settings.told_apart(state, s, config, ranks.world)
-    reader = data.Reader(corpora, s.context, s.seed if order is None else order, sequence, read)
+    reader = data.Reader(corpora, s.context, s.seed if first_seed is None else first_seed, sequence, read)
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
+    for c in corpora:
+        if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:
+            notes = [*notes, f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times"]
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
     for note in notes:
         ranks.say(f"note: {note}")
@@ -247,68 +255,14 @@ def main(argv=None):
         shown = (f"{c.name} {losses[c.name]:.4f} nats ({c.bits(losses[c.name]):.3f} bits/byte)" for c in corpora)
         return losses, "  ".join(shown)
 
-    if steps == 0:
-        ranks.say(evaluation()[1])
-        return 0
-
-    try:
-        record = Record(start, ranks, corpora, reader, module, optimizers, mask, args.overwrite)
-    except OSError as error:
-        fail(error)
-    signals = Signals()
-    quiet = not ranks.first or not sys.stderr.isatty()
-    bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
-    module.train()
-    if compiled and not mask:
-        compile_blocks(module)
-    fresh = not resumes  # the step at which a run resumes was evaluated and saved before
-    stop = code = 0  # a signal's number; the exit status
-    while True:
-        # evaluate, sample, save
-        evaluates = step % s.eval_every == 0 or step == steps or step in snapshots
-        samples = step in {0, steps // 10, steps // 2, steps}
-        if device.type == "cuda" and (evaluates or samples):
-            torch.cuda.synchronize()  # what is still in the queue is training; before a save, the log has waited for it
-        pause = time.time()
-        if fresh:
-            if evaluates:
-                losses, shown = evaluation()
-                ranks.say(f"step {step:>6}  validation  {shown}")
-                if not all(map(math.isfinite, losses.values())):
-                    good = s.out if step else "none"
-                    ranks.say(f"step {step}: the loss is no number: stopped. Last save: {good}")
-                    code = 1
-                    break
-                record.evaluated(step, losses)
-            if samples and (ranks.first or s.fsdp):
-                ids = tokenizer.encode([prompt])[0].tolist()
-                with eagerly(compiled):
-                    ids += model.generate(module, ids, 160, temperature=0.8, top_p=0.95, seed=1)
-                record.sampled(step, steps, tokenizer.decode(ids))
-            try:
-                if step and step in snapshots:
-                    record.snapshot(step, finished=step == steps)
-                if step == steps or step % s.save_every == 0 or stop:
-                    record.save(record.folder, step, finished=step == steps)
-            except (OSError, RuntimeError, checkpoint.SafetensorError) as error:  # a full disk has three names
-                bar.close()
-                print(f"train.py: step {step} could not be saved: {error} (make room, then: "
-                      f"python train.py --resume --out {quote(s.out)})", file=sys.stderr)  # fmt: skip
-                raise SystemExit(1) from None
-            if stop and step < steps:
-                code = 128 + stop
-                ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
-        if step == steps or code:
-            break
-        fresh = True
-        record.last_time += time.time() - pause  # tokens per second are those of training
-
-        # one update
+    def update(step):
+        """One step of the optimizers: (rate, this rank's loss and a mixture's aux, summed over its micro-batches, and
+        the norm of the whole gradient)."""
         lr = rate(step, steps, s)
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = lr * group.get("factor", 1.0)
         items = reader.take(accumulate * s.micro_batch * ranks.world)
-        loss_sum, routing = torch.zeros((), device=device), {}  # routing: what a mixture says besides, summed up
+        loss_sum, routing = torch.zeros((), device=device), {}
         for micro in range(accumulate):
             lo = (micro * ranks.world + ranks.rank) * s.micro_batch
             x, y = reader.load(items[lo : lo + s.micro_batch], device)
@@ -327,6 +281,65 @@ def main(argv=None):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return lr, loss_sum, routing, norm
+
+    if steps == 0:
+        ranks.say(evaluation()[1])
+        return 0
+
+    try:
+        record = Record(start, ranks, corpora, reader, module, optimizers, mask, args.overwrite)
+    except OSError as error:
+        fail(error)
+    signals = Signals()
+    quiet = not ranks.first or not sys.stderr.isatty()
+    bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
+    module.train()
+    if compiled and not mask:
+        compile_blocks(module)
+    sampled = {0, steps // 10, steps // 2, steps}
+    fresh = not resumes  # the step at which a run resumes was evaluated and saved before
+    stop = code = 0  # a signal's number; the exit status
+    while True:
+        # evaluate, sample, save
+        evaluates = step % s.eval_every == 0 or step == steps or step in snapshots
+        if device.type == "cuda" and (evaluates or step in sampled):
+            torch.cuda.synchronize()  # what is still in the queue is training; before a save, .item() below has waited
+        pause = time.time()
+        if fresh:
+            if evaluates:
+                losses, shown = evaluation()
+                ranks.say(f"step {step:>6}  validation  {shown}")
+                if not all(map(math.isfinite, losses.values())):
+                    good = s.out if step else "none"
+                    ranks.say(f"step {step}: the loss is no number: stopped. Last save: {good}")
+                    code = 1
+                    break
+                record.log_evaluation(step, losses)
+            if step in sampled and (ranks.first or s.fsdp):
+                ids = tokenizer.encode([prompt])[0].tolist()
+                with eagerly(compiled):
+                    ids += model.generate(module, ids, 160, temperature=0.8, top_p=0.95, seed=1)
+                record.log_sample(step, steps, tokenizer.decode(ids))
+            try:
+                if step and step in snapshots:
+                    record.snapshot(step, finished=step == steps)
+                if step == steps or step % s.save_every == 0 or stop:
+                    record.save(record.folder, step, finished=step == steps)
+            except (OSError, RuntimeError, checkpoint.SafetensorError) as error:  # a full disk has three names
+                bar.close()
+                print(f"train.py: step {step} could not be saved: {error} (make room, then: "
+                      f"python train.py --resume --out {quote(s.out)})", file=sys.stderr)  # fmt: skip
+                raise SystemExit(1) from None
+            if stop and step < steps:
+                code = 128 + stop
+                ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
+        if step == steps or code:
+            break
+        fresh = True
+        record.last_time += time.time() - pause  # tokens per second are those of training
+
+        lr, loss_sum, routing, norm = update(step)
         step += 1
         if mask:
             mask.open(step)
@@ -335,9 +348,9 @@ def main(argv=None):
         bar.update()
         stop = ranks.largest(signals.number)  # obeyed at the top of the loop; a second Ctrl-C ends at once, unsaved
 
-        # log; and before each save look whether loss and norm are numbers
+        # log; and before each sample and save look whether loss and norm are numbers
         due = step % s.log_every == 0 or step in (1, steps)
-        if not (due or step % s.save_every == 0 or step in snapshots or stop):
+        if not (due or step % s.save_every == 0 or step in sampled | snapshots or stop):
             continue
         loss = ranks.mean(loss_sum / accumulate).item()  # of this step: over its micro-batches and ranks
         norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
@@ -346,7 +359,7 @@ def main(argv=None):
             code = 1
             break
         if due:
-            text, speed = record.logged(step, lr, loss, norm, routing, accumulate)
+            text, speed = record.log_step(step, lr, loss, norm, routing, accumulate)
             bar.set_postfix_str(text)
             if quiet:
                 left = (steps - step) * s.batch_tokens / speed
@@ -368,6 +381,11 @@ if __name__ == "__main__":
         code = 130
     except SystemExit as end:
         code = end.code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"train.py: {error}, at a row of a table (make room, then --resume)", file=sys.stderr)
+        code = 1
     sys.stdout.flush()
     if dist.is_initialized():  # taking gloo down in order can wait for the interpreter's lock for ever
         os._exit(code)

@@ -42,8 +42,9 @@ def allowance(r, P, q=1):
         s / 2 * q * F(q, n - P),   s = mean(psi^2) / mean(psi') * n / (n - P)        (Huber 1981)
 
     r (n) are the residuals of the best fit, F is the F distribution's 95 % point. psi is the force: r clipped to +-
-    delta. psi' is its slope: 1 for |r| < delta, 0 beyond. n / (n - P): the fit has bent towards the runs. For least
-    squares psi(r) = r, s is the variance of the noise, and this is the F test.
+    delta. psi' is its slope: 1 for |r| < delta, 0 beyond. Noise pushes a coefficient by its force over the curvature,
+    and that gains half of the force squared over the curvature: hence s / 2 for each of the q. n / (n - P): the fit has
+    bent towards the runs. For least squares psi(r) = r, s is the variance of the noise, and this is the F test.
     mean(psi') is the share of runs within delta of the curve. If m, the median of |r|, is above delta, these are too
     few to count. Then it is estimated from the half with |r| < m. If they are spread evenly, a part delta / m of them
     lies within delta: mean(psi') = delta / (2 m).
@@ -57,9 +58,10 @@ def allowance(r, P, q=1):
 def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
-    To a column belong the exponents whose factor changes with it; of the same terms the prefactors, and exponents whose
-    factor is the same in all runs. If N is the same in all runs, A N^-alpha is one number. With D = 20 N both terms of
-    Chinchilla's law are powers of N: exchange them, and the fit is as good, so it cannot say which is which.
+    In each term that changes when a column is doubled, these belong to the column: the exponents whose factor changes,
+    the prefactor, and exponents whose factor is the same in all runs. If N is the same in all runs, A N^-alpha is one
+    number. With D = 20 N both terms of Chinchilla's law are powers of N: exchange them, and the fit is as good, so it
+    cannot say which is which.
     """
     args = {c: np.asarray(table[c], float) for c in columns(form)}
     belong = {}  # column: its coefficients
@@ -88,53 +90,44 @@ def undetermined(form, table, best):
     2. One constant fits all losses as well as noise allows: then all are open.
     3. It belongs to a column that is constant or tied to another (`tied`).
     4. Its term is nothing: below a millionth of every loss.
-    5. It can be changed together with others, along v, and no prediction changes: d r / d theta @ v = 0. Of two terms
-       that no run varies, for example, only the sum counts.
+    5. It can be changed together with others, along v, and no prediction changes: d r / d theta @ v = 0, where columns
+       that hardly vary are held constant. Of two terms that no run varies, for example, only the sum counts.
 
     It gets the first reason that holds.
     """
     names = [name for name, free in zip(best.names, best.free) if free]
     r, share = residuals(best.theta[None], best.X, best.y)
     P, r, share = len(names), r[0], share[:, 0]  # (n), (K, n)
+    floor = {best.names[best.E]: "without it the law fits as well as noise allows"} if best.possible[0] else {}
     flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant, the median
-    why = {best.names[best.E]: "without it the law fits as well as noise allows"} if best.possible[0] else {}
-    if flat - best.f <= allowance(r, P, max(1, P - 1)):  # it has P - 1 coefficients less
-        why = dict.fromkeys(names, "one constant fits all losses as well as noise allows") | why
-    why = tied(form, table, names) | why  # the reason found first stands
+    poor = flat - best.f > allowance(r, P, max(1, P - 1))  # P - 1 coefficients less
+    level = {} if poor else dict.fromkeys(names, "one constant fits all losses as well as noise allows")
+    why = tied(form, table, names) | level | floor  # of two reasons the one further right stands
     alive = best.X[share.max(1) >= 1e-6][:, best.free]
     for j in np.flatnonzero((alive == 0).all((0, 2))):
         why.setdefault(names[j], "its term is nothing: below a millionth of every loss")
     logs = {c: log(table[c]) for c in columns(form)}
-    # the same fit, but a column that hardly varies is made constant: so that s below is 0 to rounding
-    X = design(form, {c: np.exp(v if v.std() > TIED else 0 * v + v.mean()) for c, v in logs.items()})[2]
+    still = {c: v if v.std() > TIED else np.full(len(v), v.mean()) for c, v in logs.items()}
+    X = design(form, {c: np.exp(v) for c, v in still.items()})[2]
     J = np.einsum("kn,kpn->np", residuals(best.theta[None], X, best.y)[1][:, 0], X[:, best.free])  # d r / d theta
-    _, s, V = np.linalg.svd(J / np.maximum(np.abs(J).max(0), 1e-300), full_matrices=False)
-    for j in np.flatnonzero((np.abs(V[s < 1e-8]) > 1e-4).any(0)):  # s: what a step of 1 along V changes, to rounding
+    _, size, V = np.linalg.svd(J / np.maximum(np.abs(J).max(0), 1e-300), full_matrices=False)
+    for j in np.flatnonzero((np.abs(V[size < 1e-8]) > 1e-4).any(0)):  # size: what a step of 1 along V changes
         why.setdefault(names[j], "a change of it is made good exactly by others, or changes nothing")
     return why
 
 
-def resample(best, times, blocks, seed):
-    """Refits to resampled runs: [theta (times, P)]. If a floor of 0 is possible, two more: with the floor held at 0,
-    and at the highest value that is possible. blocks (n): the number of each run's block, from 0 on."""
-    count, rng, E = blocks.max() + 1, np.random.default_rng(seed), best.E
-    starts, held = best.theta[None], best.free & (np.arange(len(best.names)) != E)
-    if E is not None:  # a refit that starts at the best fit alone stays near its floor
-        starts = np.tile(starts, (5, 1))
-        starts[1:, E] = best.y.min() + log([0.02, 0.3, 0.6, 0.85])
-    ends = best.slid[best.possible][[0, -1]] if E is not None and best.possible[0] else []
-    refits = [[] for _ in range(1 + len(ends))]
+def resample(best, starts, free, times, blocks, seed):
+    """Refits to resampled runs, theta (times, P), each from the best of `starts` (Q, P). free (P): other coefficients
+    keep the value of the start. blocks (n): the number of each run's block, from 0 on."""
+    count, rng, refits = blocks.max() + 1, np.random.default_rng(seed), []
     for i in range(0, times, 100):
         drawn = [np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(min(100, times - i))]
         w = np.array(drawn, float)[:, blocks]  # (S, n): how often each run counts
-        each = np.ones((len(w), 1))  # times theta: a fit for each draw
-        tried = [descend(best.X, best.y, each * t, best.free, 12 if E is not None else 0, w) for t in starts]
+        tried = [descend(best.X, best.y, np.tile(t, (len(w), 1)), free, 12 * (len(starts) > 1), w) for t in starts]
         first = np.argmin([f for _, f in tried], 0)
         theta = np.array([t for t, _ in tried])[first, np.arange(len(w))]
-        refits[0].append(descend(best.X, best.y, theta, best.free, 100, w)[0])
-        for refit, end in zip(refits[1:], ends):
-            refit.append(descend(best.X, best.y, each * end, held, 100, w)[0])
-    return [np.concatenate(r) for r in refits]
+        refits.append(descend(best.X, best.y, theta, free, 100, w)[0])
+    return np.concatenate(refits)
 
 
 def intervals_of(best, times, blocks, seed):
@@ -158,11 +151,17 @@ def intervals_of(best, times, blocks, seed):
     if count < 3:
         raise ValueError(f"{count} blocks to resample (at least 3)")
     df = n - P if blocks is None else count - 1
-    tail = 100 * ndtr(-math.sqrt(count / df) * stdtrit(df, 0.975))
-    refits = [best.values(theta) for theta in resample(best, times, labels, seed)]
+    tail = 100 * ndtr(-math.sqrt(count / df) * stdtrit(df, 0.975))  # corrections 1 and 2
+    starts = best.theta[None]
+    if best.E is not None:  # a refit that starts at the best fit alone stays near its floor
+        starts = np.tile(starts, (5, 1))
+        starts[1:, best.E] = best.y.min() + log([0.02, 0.3, 0.6, 0.85])
+    ways = [(starts, best.free)]
+    if best.possible[0]:  # correction 3
+        held = best.free & (np.arange(len(best.names)) != best.E)
+        ways += [(best.slid[best.possible][[end]], held) for end in (0, -1)]
+    refits = [best.values(resample(best, *way, times, labels, seed)) for way in ways]
     bounds = np.array([np.percentile(r, [tail, 100 - tail], axis=0) for r in refits])
     low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
-    if len(refits) > 1:
-        low[best.E], high[best.E] = 0, max(high[best.E], best.values(best.slid[best.possible])[:, best.E].max())
-    ends = zip(np.array(best.names)[best.free].tolist(), *np.stack([low, high])[:, best.free].tolist())
-    return {name: [*pair] for name, *pair in ends}, [tail, 100 - tail], refits[0][:, best.free]
+    intervals = {best.names[j]: [float(low[j]), float(high[j])] for j in np.flatnonzero(best.free)}
+    return intervals, [tail, 100 - tail], refits[0][:, best.free]

@@ -7,7 +7,8 @@
 #    (on a CPU a mixture is cut around its dispatch).
 # 2. Does the grouped product of a mixture give what the plain loop gives, idle experts included?
 # 3. Does a training step wait for the device anywhere but where it logs?
-# 4. Tokens a second, MFU and peak memory: dense 0.13 B and 1 B, and 8x2 mixtures.
+# 4. Tokens a second, MFU and peak memory: dense 0.13 B and 1 B, and 8x2 mixtures. The largest has 6 B parameters: it
+#    needs 80 GB of GPU memory, 50 GB of memory and 100 GB in /tmp, and what does not fit is a row that says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
@@ -30,5 +31,7 @@ echo "== 4. speed"
 echo "| model | device | N_total | tokens/s | MFU | peak memory, GB |"
 echo "|---|---|---|---|---|---|"
 for model in 0.13B 1B 8x0.13B 8x1B; do
-    python experiments/first_hour_gpu.py speed $model --out "$out/$model" $small | tail -1
+    python experiments/first_hour_gpu.py speed $model --out "$out/$model" $small 2> "$out/error" | tail -1 ||
+        echo "| $model | failed: $(tail -1 "$out/error") | | | | |"
+    rm -rf "$out/$model"
 done

@@ -193,6 +193,9 @@ def test_a_file_with_an_equals_sign_in_its_name_is_a_file(tmp_path, monkeypatch)
     assert make(tmp_path, "date=./2024.txt")[0].name == "date"  # a file of another name has that name in front
     (tmp_path / "date=2024.txt").unlink()
     assert make(tmp_path, "date=2024.txt")[0].about["bytes"] == 8 * 99
+    for name, corpus in {"a,b.txt": "a-b", "at 12:30.txt": "at-12-30"}.items():
+        write(tmp_path, {name: "other\n" * 99})
+        assert make(tmp_path, name)[0].name == corpus
 
 
 def test_bits_per_byte_count_an_end_as_a_byte_for_every_tokenizer(tmp_path):

@@ -333,7 +333,13 @@ def test_staged_fit_takes_the_frozen_coefficients_from_the_first(tmp_path, capsy
     )
     stage = said(capsys, "fit", "continual", first, "--set", "scratch", "--json")
     (tmp_path / "first.json").write_text(json.dumps(stage))
-    report = said(capsys, "fit", "continual", second, "--first-stage", tmp_path / "first.json", "--json")
+    laws.main(["fit", "continual", str(second), "--first-stage", str(tmp_path / "first.json"), "--json"])
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert printed.err == ""
+    (tmp_path / "first.json").write_text(json.dumps(stage | {"undetermined": ["B", "alpha"]}))
+    laws.main(["fit", "continual", str(second), "--first-stage", str(tmp_path / "first.json"), "--json"])
+    assert "first stage do not determine alpha\n" in capsys.readouterr().err
     assert report["fixed"] == ["E", "A", "alpha"] and report["coefficients"]["A"] == stage["coefficients"]["A"]
     assert report["coefficients"]["gamma"] == pytest.approx(0.08, abs=0.05) and report["intervals"] == {}
 
@@ -485,6 +491,7 @@ def test_bad_tables_are_refused_with_row_and_column_and_left_alone(tmp_path, cap
         (lambda t: t.replace(",", "\t"), "separated by '\\t'"),
         (lambda t: t.replace("N,D,L", "N, D,L"), "' D': take the blanks out"),
         (lambda t: spoil(t, 3, "", '"1,5e9",2e10,3'), "a decimal comma"),
+        (lambda t: spoil(t, 3, "", '"1,500,000",2e10,3'), "thousands: leave the commas out"),
         (lambda t: spoil(t, 3, "", "1,5e9,2e10,3"), "a point for decimals"),
     ],
 )
@@ -524,11 +531,40 @@ def test_where_fits_only_the_rows_that_meet_every_condition(tmp_path, capsys):
     some = json.loads(capsys.readouterr().out)
     table = {name: values[:40][1::2] for name, values in synthetic("chinchilla").items()}
     assert some["runs"] == 20
+    laws.main(["fit", "chinchilla", str(path), *half[:2], "--where", half[2], "--json"])  # the flag given twice
+    assert json.loads(capsys.readouterr().out) == some
     assert some["coefficients"] == laws.fit("chinchilla", table)["coefficients"]
     line = refused(capsys, "fit", "chinchilla", path, "--where", "arm=scrach")
     assert "arm holds 'other', 'scratch, muon'" in line
     assert "no column armm (nearest: arm" in refused(capsys, "fit", "chinchilla", path, "--where", "armm=other")
     assert "write COLUMN=VALUE" in refused(capsys, "fit", "chinchilla", path, "--where", "arm")
+
+
+def test_a_run_without_a_block_is_not_put_together_with_others(tmp_path, capsys):
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), trunk=["a", ""] + ["b", "c", "d"] * 19 + ["e"])
+    line = refused(capsys, "fit", "chinchilla", path, "--bootstrap", "20", "--blocks", "trunk")
+    assert "row 2 has no trunk" in line
+
+
+def test_a_table_in_utf_16_is_called_so(tmp_path, capsys):
+    path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"))
+    path.write_text(path.read_text(), encoding="utf-16")
+    assert "is UTF-16" in refused(capsys, "fit", "chinchilla", path)
+
+
+def test_a_dense_model_is_one_expert_to_a_law_of_their_number(tmp_path, capsys):
+    table = synthetic("joint")
+    table["E"][:20] = 1
+    total = np.where(table["E"] == 1, table["N"], 9 * table["N"])
+    path = write_table(tmp_path / "runs.csv", table, N_total=map(repr, map(float, total)), K=[1] * 60)
+    right = said(capsys, "fit", "joint", path, "--json")["coefficients"]
+    head, *rows = csv.reader(path.open())
+    e, k = head.index("E"), head.index("K")
+    for row in rows[:20]:
+        row[e] = row[k] = ""  # as runs.py writes a dense model
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    assert said(capsys, "fit", "joint", path, "--json")["coefficients"] == right
 
 
 def test_a_table_from_a_spreadsheet_is_read(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 from test_laws import EVERY, loss, main, refused, said, synthetic, write_table
@@ -249,14 +250,19 @@ def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
     same = said(capsys, "budget", "--have-n", 1e9, "--have-d", 1e10, "--flops", 4e20, "--json")
     assert answer["ways"] == same["ways"]
     D2 = answer["tokens"][answer["best"]]
-    commands = {way: plan.command(way, D2, mine, plan.have(mine)[2], 8, 2) for way in answer["ways"]}
+    commands = {way: plan.command(way, D2, mine, *plan.have(mine)[2:], 8, 2) for way in answer["ways"]}
     assert answer["command"] == commands[answer["best"]]
     for way, words in {"train on": [], "upcycle": ["--upcycle", "8x2"], "stack": ["--stack", str(laws.GROW)]}.items():
         assert commands[way].split() == ["python", "train.py", "--init", mine, *words, "--tokens", f"{D2:.4g}"]
     shape = "--hidden-size 64 --intermediate-size 176 --num-hidden-layers 3 --num-attention-heads 2"
     assert commands["MoE from scratch"] == f"python train.py {shape} --experts 8 --top-k 2 --tokens {D2:.4g}"
-    for command in commands.values():  # train.py knows the flags
-        settings.read_flags(settings.get_parser(), command.split()[2:])
+    config = {"model_type": "llama", "head_dim": 16, "tie_word_embeddings": True}
+    like = plan.flags_like(mine, config, {"data": "my notes.txt", "context": 64, "tokenizer": "gpt2"})
+    text = f"--data 'my notes.txt' --context 64 --tokenizer {mine}"
+    assert like == f"--head-dim 16 {text} --no-qk-norm --tie-word-embeddings"
+    assert plan.command("train on", 166.7, mine, {}, {}, 8, 2).endswith(" --tokens 167")
+    for command in (*commands.values(), f"python train.py {like}"):  # train.py knows the flags
+        settings.read_flags(settings.get_parser(), shlex.split(command)[2:])
 
 
 @pytest.mark.parametrize(

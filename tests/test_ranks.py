@@ -189,6 +189,9 @@ def test_the_automatic_micro_batch_fills_the_memory_and_never_more(experts):
     windows = horizon.default_micro_batch(config, 2048, 64, memory)
     used = 12 * 16 * (2048 + (2 if experts else 1) * 8192) * 2048 * windows
     assert memory / 2 < used <= memory
+    windows = horizon.default_micro_batch(config, 2048, 1024, memory, recomputes=True)  # keeps the inputs of 16 blocks
+    used = (4 * 16 * 2048 + 12 * (2048 + (2 if experts else 1) * 8192)) * 2048 * windows
+    assert memory / 2 < used <= memory
     assert horizon.default_micro_batch(config, 2048, 64, -1.0) == 1  # one window at least
 
 

@@ -227,6 +227,18 @@ def test_losses_on_different_texts_are_not_compared(tmp_path, capsys):
     assert said(capsys, "compare", tmp_path / "a", tmp_path / "b", "--corpus", "other", "--json")["target_loss"] == 9
     runs.main(["table", str(tmp_path)])
     assert "do not compare" in capsys.readouterr().err
+    (tmp_path / "runs.csv").write_text("N,D,L,corpus\n1,2,3,python\n2,2,3,cpp\n")
+    assert "has corpus python, row 2 has corpus cpp" in refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
+
+
+def test_one_name_for_two_texts_or_two_tokenizers_is_noticed(tmp_path, capsys):
+    for i, text in enumerate(("same", "same", "other")):
+        make_run(tmp_path / str(i), [], [5, 3], plan={"tokenizer": "gpt2"} if i == 1 else {"tokenizer": None})
+        about = json.loads((tmp_path / str(i) / "run.json").read_text())
+        about["lineage"][-1]["data"]["python"]["sha256"] = text
+        (tmp_path / str(i) / "run.json").write_text(json.dumps(about))
+    for other in "12":
+        assert "another text called python" in refused(capsys, "compare", tmp_path / "0", tmp_path / other)
 
 
 def test_a_folder_that_no_training_has_touched_is_skipped_and_named(tmp_path, capsys):
@@ -263,7 +275,7 @@ def test_fit_refuses_a_table_of_dense_models_and_mixtures(tmp_path, capsys):
     runs.main(["table", str(tmp_path / "out")])
     (tmp_path / "runs.csv").write_text(capsys.readouterr().out)
     line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
-    assert "row 1 (" in line and "out/0) has E none K none, row 4 (" in line and "out/3) has E 8.0 K 2.0" in line
+    assert "row 1 (" in line and "out/0) has E none, K none" in line and "out/3) has E 8.0, K 2.0" in line
 
 
 # -------------------------------------------------------------------------------------------- what the trainer writes

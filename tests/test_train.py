@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -190,6 +191,42 @@ def test_weights_that_are_no_numbers_end_a_run_in_words(here, texts, capsys):
     assert "step 0: the loss is no number: stopped. Last save: none" in capsys.readouterr().out
     with pytest.raises(ValueError, match="logits are not finite"):
         list(model.generate(checkpoint.load("bad"), [1], 3))
+
+
+def test_a_run_whose_loss_is_lost_before_a_sample_ends_in_words(here, texts, monkeypatch, capsys):
+    """Step 3 is sampled, but not logged, evaluated or saved."""
+    get = train.get_optimizers
+
+    def spoiled(parameters, *rest):
+        optimizers = get(parameters, *rest)
+        optimizers[0].register_step_post_hook(lambda *_: parameters["model.norm.weight"].data.fill_(math.nan))
+        return optimizers
+
+    monkeypatch.setattr(train, "get_optimizers", spoiled)
+    flags = f"--tokens {256 * 30} --eval-every 100 --save-every 100 --out bad --data {texts / 'a.txt'}".split()
+    assert train.main([*TINY, "--log-every", "100", *flags]) == 1
+    assert "step 3: the loss is nan" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_a_row_of_a_table_ends_in_a_line(here, texts):
+    python, script, *flags = command(texts, "--tokens", 2560, *FEW, "--out", "full")
+    code = f"""if True:
+        import errno, runpy, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import record
+        def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+        record.Record.log_step = full
+        runpy.run_path({script!r}, run_name="__main__")"""
+    done = subprocess.run([python, "-c", code, *flags], **CAPTURE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No space left on device, at a row of a table" in done.stderr
+
+
+def test_a_text_that_is_read_several_times_is_told(here, texts, capsys):
+    Path("short.txt").write_text("\n".join(argparse_text().splitlines()[:200]))
+    run(texts, "--data", "short.txt", "--tokens", 256 * 80, "--out", "twice")
+    said = capsys.readouterr().out
+    assert re.search(r"note: short has [0-9,]+ tokens to train on: this run reads them [2-9]\.\d times", said)
 
 
 def test_a_world_without_torchrun_is_refused_in_one_line(here, texts):
@@ -612,6 +649,7 @@ BAD = {
     "negative tokens": ("--tokens -5", "-5"),
     "zero context": ("--context 0", "--context"),
     "decay fraction": ("--decay-fraction 1.5", "1.5"),
+    "warmup as long as the run": ("--tokens 20480 --warmup 10", "--warmup 10 is not below the run's 10 steps"),
     "snapshot beyond the run": ("--tokens 1e5 --save-at 2e5", "200,000"),
     "snapshot before the first step": ("--tokens 1e5 --save-at 0", "--save-at 0"),
     "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
@@ -673,7 +711,7 @@ def test_bad_input_is_one_line_and_changes_nothing(case, shelf, monkeypatch, cap
 
 
 def test_numbers_are_read_as_people_write_them():
-    flags = "--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6,2_000_000"
+    flags = "--tokens 1e6 --batch-tokens 2_000_000 --seed 0 --save-at 1e6 --save-at 2_000_000"
     args = settings.get_parser().parse_args(flags.split())
     assert (args.tokens, args.batch_tokens, args.seed, args.save_at) == (10**6, 2 * 10**6, 0, [10**6, 2 * 10**6])
 
