@@ -107,9 +107,9 @@ def descend(X, y, theta, free, steps, weights=1.0):
 
     Each step d solves (H + damping) d = -g, where J = d r / d theta, and g = J^T h r is the gradient of f. H = J^T h J
     is the curvature of least squares in which each run has the weight h. (Huber's own is 0 beyond delta, and would
-    give no step.) A step that does not lower f is not taken, and damped more. The damping is a multiple of H's own
-    diagonal (Marquardt 1963), so each coefficient has a step of its own size: 1 more in alpha changes far more than 1
-    more in ln A.
+    give no step.) Little damping gives Newton's long step, much of it a short one straight down. A step that does not
+    lower f is not taken, and the next one is damped more. The damping is a multiple of H's own diagonal (Marquardt
+    1963), so each coefficient has a step of its own size: 1 more in alpha changes far more than 1 more in ln A.
     """
     damping, reach = np.full(len(theta), 1e-2), np.abs(X).max((0, 2))  # reach: the largest factor of each
     r, share = residuals(theta, X, y)
@@ -171,7 +171,7 @@ def hoffmann_grid(prefactor, E, X, size=4500):
 def search(X, y, starts, free):
     """Best theta (P) and objective: every start evaluated, then fewer and fewer of them taken further and further."""
     chunk = max(1, 1_500_000 // X.shape[2])  # keeps the arrays of the first look small, however many runs there are
-    f = [descend(X, y, starts[i : i + chunk], free, 0)[1] for i in range(0, len(starts), chunk)]
+    f = [descend(X, y, starts[i : i + chunk], free, 0)[1] for i in range(0, len(starts), chunk)]  # 0 steps
     theta = starts[np.argsort(np.concatenate(f))[:300]]
     for steps, keep in ((5, 60), (10, 10), (60, 4)):
         theta, f = descend(X, y, theta, free, steps)

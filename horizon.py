@@ -91,8 +91,8 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recom
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    if steps and s.warmup >= steps:
-        raise ValueError(f"--warmup {s.warmup} is not below the run's {steps} steps (its rate would never be reached)")
+    if steps and s.warmup > steps:
+        raise ValueError(f"--warmup {s.warmup} is beyond the run's {steps} steps (its rate would never be reached)")
     # At most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that). On
     # CUDA a token in fp32 costs three to five times one of training in bf16.
     part = 40 if device.type == "cuda" else 4

@@ -162,7 +162,7 @@ _FROM = {"N": (15e6, 1e9), "D": (1e9, 3.68e11)}
 _NEW = {"N": (49e6, 5.5e9), "D": (1e9, 1.1e11)}
 _ROUNDED = "its coefficients are printed rounded: losses come out 0.01 to 0.02 below the paper's own table"
 _CPT = "as printed, continual loss lies above the scratch loss, against the paper's figures: trust N and D, not L"
-_LN = "the paper does not print the base of its logarithm; only ln gives the crossings that it describes"
+_LN = "the base of the paper's logarithm is not in our sources; only ln gives the crossings that it describes"
 
 LAWS = {  # law: {set: Row}; a law's first set is its default
     "chinchilla": {
@@ -215,8 +215,9 @@ LAWS = {  # law: {set: Row}; a law's first set is its default
 
 def joint(N_active, D, E):
     """L = c + a X^delta N_active^(alpha + gamma ln X) + b X^omega D^(beta + zeta ln X). E: experts, one a token.
-    N_active: with embeddings (add them to `runs.py table`'s). X runs from 2.07 at E = 1 to 290 at E = infinity."""
-    X = 1 / (1 / (E - 1 + 1 / (1 / 2.0732 - 1 / 290.4521)) + 1 / 290.4521)
+    N_active: with embeddings (add them to `runs.py table`'s)."""
+    low, high = 2.0732, 290.4521  # X at E = 1, and at infinity
+    X = 1 / (1 / (E - 1 + 1 / (1 / low - 1 / high)) + 1 / high)
     x, n, d = log(X), log(N_active), log(D)
     return [("c", {}), ("a", {"delta": x, "alpha": n, "gamma": x * n}), ("b", {"omega": x, "beta": d, "zeta": x * d})]
 

@@ -48,7 +48,7 @@ def log_ticks(axis):
         steps = (1, 2, 5) if high > 5 * low else (1, 2, 3, 4, 6, 8)
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
         numbers = matplotlib.ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9))
-        axis.set_major_formatter(numbers)
+        axis.set_major_formatter(numbers if high > 1e4 else matplotlib.ticker.ScalarFormatter())
 
 
 def plot_fit(path, report, table, target, law):

@@ -16,9 +16,10 @@ of replay hold it, and the new loss depends on the new tokens alone.
 Here. Python, then C++ (D counts C++ alone, as the table's D does). Three sizes; a parent on 3 M bytes of Python,
 decayed; from it and from scratch four budgets of 0.5 to 4 M: a trunk with branches, every size and arm at a rate of its
 own. "Saved" is 1 - D / (D from scratch with the same loss), between the budgets measured, and by the two fits.
-At the middle size, 2 M tokens in all, at the rate of no replay: replay of 1 to 50 % of the tokens; from the parent
-before its decay, with as many tokens; and the far language. That is C++ with its bytes permuted: from scratch as hard
-as C++ (measured, too), but not a byte of it means what it meant in Python. Under AdamW: scratch and continual there.
+At the middle size, 2 M tokens in all, at the rate of no replay: replay of 1 to 50 % of the tokens; and from the parent
+before its decay, with as many tokens. There also, at a rate of its own, the far language: C++ with its bytes permuted.
+From scratch it is as hard as C++ (measured, too), but not a byte of it means what it meant in Python. Under AdamW:
+scratch and continual there.
 """
 
 import json
@@ -82,9 +83,10 @@ def family(size, seed):
     if size == MIDDLE:
         rate, far = f"continual {size} muon", f"far={FAR}"
         arms = [(f"replay {share:g}", text(share), decayed, None) for share in SHARES]
-        arms += [("undecayed", text(), trunk, PARENT), ("far", text(new=far), decayed, None)]
+        arms += [("undecayed", text(), trunk, PARENT)]
         for arm, flags, start, tokens in arms:
             runs += climb(arm, size, [T], seed, flags=flags, parent=(start, tokens), rate=rate)
+        runs += climb("far", size, [T], seed, flags=text(new=far), parent=(decayed, None))
         runs += climb("far scratch", size, [T], seed, flags=("--data", far), rate=f"scratch {size} muon")
     return runs
 

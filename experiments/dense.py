@@ -2,6 +2,7 @@
 
     python experiments/dense.py run [--seeds 1 2 3] [--share 1/2]     # about 3.2 core-hours; a second call goes on
     python experiments/dense.py speed                                 # seconds a step of each size
+    python experiments/dense.py copies                                # which runs repeat what they have read
     python experiments/dense.py show                                  # tables, verdict, figure
 
     python laws.py fit chinchilla experiments/dense/runs.csv --where optimizer=muon     # the fit alone
@@ -17,8 +18,8 @@ Under AdamW: the three smallest sizes at the first seed, but for the largest bud
 those of Muon from the same runs.
 """
 
-from ladder import M, at, pick
-from papers import climb, experiment
+from ladder import M, append, at, pick, read_rows
+from papers import PYTHON, climb, experiment
 from verdict import band, draw, fit_law, load, markdown, panels, points, save, say_fit, seeds, select, span_of
 
 SIZES = pick(
@@ -30,11 +31,36 @@ BUDGETS = pick(
     tiny=[4096, 8192, 16384], cpu=[M // 2, M, 2 * M, 4 * M, 8 * M], gpu=[8 * M, 16 * M, 32 * M, 64 * M, 128 * M]
 )
 AGAIN = SIZES[:3]  # under AdamW
+COPIES = 0.1  # nats that a second copy must be below the first one, for a model that is said to copy
 
 
 def plan(seeds):
     runs = [run for seed in seeds for size in SIZES for run in climb("dense", size, BUDGETS, seed)]
     return runs + [run for size in AGAIN for run in climb("dense", size, BUDGETS[:-1], seeds[0], "adamw")]
+
+
+def copies(listed, home, out):
+    """Writes copies.csv: for each run in `out` its loss on half a context of validation text, and on the same text when
+    it comes once more. A model that looks back for what followed the last time has the second one cheaper."""
+    import torch
+    import torch.nn.functional as F
+
+    import checkpoint
+    import data
+    from tokenizer import load_tokenizer
+
+    corpus = data.prepare(PYTHON, load_tokenizer("bytes"), quiet=True)[0]
+    half = data.validation_windows(corpus, 128, 128 * 128)[0]
+    ids = torch.cat((half, half), 1)
+    (home / "copies.csv").unlink(missing_ok=True)
+    for run in listed:
+        if not run.columns or not (out / run.name).exists():
+            continue
+        with torch.inference_mode():
+            logits, _, _ = checkpoint.load(out / run.name)(ids[:, :-1])
+            loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        first, second = (loss[:, end - 112 : end].mean().item() for end in (127, 255))  # their last 112
+        append(home / "copies.csv", {"run": run.name, "first": f"{first:.4f}", "second": f"{second:.4f}"})
 
 
 def exponents(report):
@@ -71,6 +97,16 @@ def show(home):
     report = fit_law(muon, "chinchilla")
     say_fit("chinchilla", report)
     print(f"{exponents(report)}; the paper: near one half each")
+    gained = {row["run"]: float(row["first"]) - float(row["second"]) for row in read_rows(home / "copies.csv")}
+    if gained:
+        for row in rows:
+            row["gained"] = gained.get(row["run"], float("nan"))
+        cells = [[size, *(f"{mean:.2f} ({low:.2f} to {high:.2f})" for _, mean, low, high in
+                  sorted(band(muon, "D", "gained", shape=size)))] for size in SIZES]  # fmt: skip
+        markdown(["the first copy less the second", *(f"{tokens / M:g} M" for tokens in BUDGETS)], cells)
+        before = fit_law([row for row in muon if row["gained"] < COPIES], "chinchilla")
+        say_fit("chinchilla, the runs that do not copy yet", before)
+        print(exponents(before))
     if adamw:
         small = select(muon, shape=AGAIN, seed=adamw[0]["seed"], budget=BUDGETS[:-1])
         for name, some in (("AdamW", adamw), ("Muon on the same runs", small)):
@@ -109,4 +145,4 @@ def plot(home, rows, report):
 
 
 if __name__ == "__main__":
-    experiment("dense", __doc__, plan, show)
+    experiment("dense", __doc__, plan, show, copies=copies)

@@ -288,10 +288,11 @@ def home_of(name):
     return pick(Path("out/tiny", name), ROOT / "experiments" / name, ROOT / "experiments" / name / "gpu")
 
 
-def experiment(name, doc, plan, show, before=lambda: None, timed=speed, argv=None):
+def experiment(name, doc, plan, show, before=lambda: None, timed=speed, argv=None, **more):
     """The command line of a script: plan(seeds) lists the runs [Run], show(home) prints from the tables in the folder
-    `home`, before() is called before the first run, timed(path, shapes) writes seconds.csv."""
-    parser = ladder.get_parser(doc, ("plan", "run", "speed", "show"))
+    `home`, before() is called before the first run, timed(path, shapes) writes seconds.csv. more: other words and what
+    they do with (plan, home, folder of the runs)."""
+    parser = ladder.get_parser(doc, ("plan", "run", "speed", "show", *more))
     parser.add_argument("--share", default="1/1", help="1/2 and 2/2 in two terminals divide the work (default: all)")
     default = Path("out/papers", ladder.SCALE, name)
     parser.add_argument("--out", type=Path, default=default, help="folder of runs (default: %(default)s)")
@@ -310,6 +311,8 @@ def experiment(name, doc, plan, show, before=lambda: None, timed=speed, argv=Non
                 sys.exit(f"{home / 'runs.csv'} is not complete: {few}")
         case "plan":
             show_plan(listed, share[1], home / "runs.csv")
+        case word:
+            more[word](listed, home, args.out)
 
 
 def show_plan(listed, n, table):

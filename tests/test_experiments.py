@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
@@ -245,6 +246,22 @@ def test_flops_saved_beyond_what_scratch_has_reached_are_a_bound():
     assert said(1e6, 1.59) == "above 75 %"
     assert said(4e6, 1.59) == "outside"
     assert said(1e6, 2.1) == "outside"
+
+
+def test_a_model_that_copies_has_the_second_copy_cheaper(tmp_path, monkeypatch):
+    dense = importlib.import_module("dense")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dense, "PYTHON", f"python={EXPERIMENTS}/*.py")
+    listed = dense.climb("dense", "16x1", [1024, 2048], 1)
+    (tmp_path / listed[1].name).mkdir()  # the other one was not run
+
+    def copying(_):  # sure of the byte that came 127 bytes before the last one
+        return lambda ids: (20 * torch.nn.functional.one_hot(ids.roll(127, 1), 256).float(), None, None)
+
+    monkeypatch.setattr("checkpoint.load", copying)
+    dense.copies(listed, tmp_path, tmp_path)
+    (row,) = csv.DictReader(open(tmp_path / "copies.csv"))
+    assert row["run"] == listed[1].name and float(row["second"]) < 1e-3 and float(row["first"]) > 10
 
 
 def test_an_optimizer_is_judged_at_equal_tokens_and_at_equal_seconds(tmp_path, capsys):

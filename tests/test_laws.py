@@ -555,8 +555,8 @@ def test_a_table_in_utf_16_is_called_so(tmp_path, capsys):
 def test_a_dense_model_is_one_expert_to_a_law_of_their_number(tmp_path, capsys):
     table = synthetic("joint")
     table["E"][:20] = 1
-    total = np.where(table["E"] == 1, table["N"], 9 * table["N"])
-    path = write_table(tmp_path / "runs.csv", table, N_total=map(repr, map(float, total)), K=[1] * 60)
+    N, total = ([f"{n:.0f}" for n in table["N_active"] * np.where(table["E"] == 1, 1, more)] for more in (1, 8))
+    path = write_table(tmp_path / "runs.csv", table, N=N, N_total=total, K=[1] * 60)
     right = said(capsys, "fit", "joint", path, "--json")["coefficients"]
     head, *rows = csv.reader(path.open())
     e, k = head.index("E"), head.index("K")

@@ -228,7 +228,8 @@ def test_losses_on_different_texts_are_not_compared(tmp_path, capsys):
     runs.main(["table", str(tmp_path)])
     assert "do not compare" in capsys.readouterr().err
     (tmp_path / "runs.csv").write_text("N,D,L,corpus\n1,2,3,python\n2,2,3,cpp\n")
-    assert "has corpus python, row 2 has corpus cpp" in refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
+    line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
+    assert "row 1 has E none, K none, corpus python, row 2" in line and "one text: choose with --where" in line
 
 
 def test_one_name_for_two_texts_or_two_tokenizers_is_noticed(tmp_path, capsys):

@@ -649,7 +649,7 @@ BAD = {
     "negative tokens": ("--tokens -5", "-5"),
     "zero context": ("--context 0", "--context"),
     "decay fraction": ("--decay-fraction 1.5", "1.5"),
-    "warmup as long as the run": ("--tokens 20480 --warmup 10", "--warmup 10 is not below the run's 10 steps"),
+    "warmup beyond the run": ("--tokens 20480 --warmup 11", "--warmup 11 is beyond the run's 10 steps"),
     "snapshot beyond the run": ("--tokens 1e5 --save-at 2e5", "200,000"),
     "snapshot before the first step": ("--tokens 1e5 --save-at 0", "--save-at 0"),
     "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
