@@ -37,14 +37,16 @@ def memory_for_activations(device, sizes, shards):
     return 16e9
 
 
-def default_micro_batch(config, context, windows, memory, recomputes=False):
+def default_micro_batch(config, context, windows, memory, recomputes=False, logits=0):
     """The largest divisor of a rank's windows that fits into `memory` bytes. In each layer a token keeps about 12 bytes
     for every number of its residual stream and of its MLPs; if it recomputes blocks, in one layer, and of the others
-    their input in fp32."""
+    their input in fp32. Besides so many bytes a logit, of 2^30 at most (model.py)."""
     width = config.hidden_size + (config.top_k if config.experts else 1) * config.intermediate_size
-    layers = 1 if recomputes else config.num_hidden_layers
-    most = memory / ((12 * layers * width + 4 * config.num_hidden_layers * config.hidden_size * recomputes) * context)
-    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= max(1, most))
+    kept = 12 * config.num_hidden_layers * width
+    if recomputes:
+        kept = 12 * width + 4 * config.num_hidden_layers * config.hidden_size
+    need = lambda tokens: kept * tokens + logits * min(2**30, tokens * config.vocab_size)
+    return max(m for m in range(1, windows + 1) if windows % m == 0 and (m == 1 or need(m * context) <= memory))
 
 
 def auto_lr(optimizer, N, D, steps):
@@ -83,16 +85,13 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recom
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
-    if device.type == "cuda":  # logits, their softmax and gradient: 12 bytes each, of 2^30 at most (model.py)
-        memory -= 12 * min(2**30, windows * s.context * config.vocab_size)
-    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory, recomputes)
+    logits = 12 if device.type == "cuda" else 0  # they, their softmax and their gradient, in fp32
+    s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory, recomputes, logits)
     if s.lr == "auto":
         n = max(1, steps)  # a run of no steps only evaluates
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    if steps and s.warmup > steps:
-        raise ValueError(f"--warmup {s.warmup} is beyond the run's {steps} steps (its rate would never be reached)")
     # At most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that). On
     # CUDA a token in fp32 costs three to five times one of training in bf16.
     part = 40 if device.type == "cuda" else 4

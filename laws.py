@@ -290,7 +290,9 @@ def read_table(path, the, blocks=None, where=()):
     where: conditions on the rows, as tables.chosen() has them."""
     rows, seen = chosen(path, read_csv(path), where), {}
     if "E" in columns(the.form):  # to such a law a dense model is a mixture of one expert; runs.py leaves E, K empty
-        rows = [r | {"E": "1", "K": "1"} if (r.get("E"), r.get("N")) == ("", r.get("N_total")) else r for r in rows]
+        dense = [r for r in rows if r.get("E") == "" and r.get("N") and r["N"] == r.get("N_total")]
+        for r in dense:
+            r |= dict.fromkeys({"E", "K"} & {*r}, "1")
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
     # experts, experts a token, and what the loss is about, unless the law reads them
     kinds = [", ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K", "corpus") if name not in table)

@@ -177,9 +177,9 @@ def learn_folder(source, target, axis, factor, layers, seed, spec, steps, batch_
     context = before.get("context") or min(config.max_position_embeddings, 256)
     spec = spec or before.get("data") or "python"
     corpora = data.prepare(spec, tokenizer, context=context)
-    # Where its last training stopped reading. order: None if it has never read.
-    order, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
-    reader = data.Reader(corpora, context, seed if order is None else order, sequence, read)
+    # Where its last training stopped reading. first_seed: None if it has never read.
+    first_seed, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
+    reader = data.Reader(corpora, context, seed if first_seed is None else first_seed, sequence, read)
     windows, start = max(1, batch_tokens // context), dict(reader.read)
     bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
     batches = (reader.load(reader.take(windows)) for _ in bar)

@@ -183,7 +183,8 @@ def flags_like(folder, config, settings):
     """The flags that give a new model the shape of the one in a folder, its text and its tokenizer."""
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
     flags = {name: config[name] for name in names if name in config}
-    flags |= {name: settings[name] for name in ("data", "context") if settings.get(name)}
+    flags |= {name: settings[name] for name in ("data", "context", "batch_tokens") if settings.get(name)}
+    flags |= {"rope_theta": theta} if (theta := (config.get("rope_parameters") or config).get("rope_theta")) else {}
     flags |= {"tokenizer": folder} if settings.get("tokenizer", "bytes") != "bytes" else {}
     words = [f"--{name.replace('_', '-')} {quote(str(value))}" for name, value in flags.items()]
     words += ["--no-qk-norm"] * ("qwen3" not in config.get("model_type", "qwen3"))
@@ -195,7 +196,8 @@ def command(way, tokens, folder, config, settings, experts, top_k):
     tokens = f"{max(1, round(tokens)):.4g}"
     how = {"train on": "", "upcycle": f" --upcycle {experts}x{top_k}", "stack": f" --stack {laws.GROW}"}
     if way in how:
-        return f"python train.py --init {quote(folder) if folder else 'FOLDER'}{how[way]} --tokens {tokens}"
+        step = f" --batch-tokens {settings['batch_tokens']}" if "batch_tokens" in settings else ""
+        return f"python train.py --init {quote(folder) if folder else 'FOLDER'}{how[way]}{step} --tokens {tokens}"
     shape = flags_like(folder, config, settings) if folder else "SHAPE"
     return f"python train.py {shape} --experts {experts} --top-k {top_k} --tokens {tokens}"
 

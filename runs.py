@@ -215,7 +215,7 @@ def compare(runs, target=None):
         if run["corpus"] != first["corpus"]:
             raise ValueError(f"{first['run']} has its loss on {first['corpus']}, {run['run']} on {run['corpus']} "
                              "(choose one with --corpus)")
-        if run["text"] != first["text"]:
+        if any(None not in pair and pair[0] != pair[1] for pair in zip(run["text"], first["text"])):
             raise ValueError(f"{first['run']} and {run['run']} have another text called {run['corpus']}, or another "
                              "tokenizer (runs on the same text)")
     for run in runs[1:]:

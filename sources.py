@@ -54,7 +54,7 @@ def parse_spec(spec):
 
 def split_spec(spec):
     """The same without the files, which need not be there."""
-    if os.path.exists(spec):  # a file may be called a,b.txt or 12:30.txt
+    if {",", ":"} & {*spec} and os.path.exists(spec):  # a file may be called a,b.txt or 12:30.txt
         return [(re.sub(r"[^\w.-]+", "-", Path(spec).absolute().stem), spec, None)]
     corpora = []
     for part in spec.split(","):

@@ -201,12 +201,15 @@ def main(argv=None):
     ranks.say(f"{s.data} with {tokenizer.name} tokens on {ranks.world} x {device.type}, {s.dtype}")
 
     # model and horizon
+    resumes = kind == "resume"
     module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
     try:
         steps, snapshots = horizon.complete(
             s, config, sizes, flops_per_token, device, ranks.world, lineage, module.recompute_blocks
         )
+        if s.warmup > steps > 0 and not resumes:
+            raise ValueError(f"--warmup {s.warmup} is beyond the run's {steps} steps (its rate would never be reached)")
     except ValueError as error:
         fail(error)
     s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ
@@ -215,7 +218,6 @@ def main(argv=None):
     ranks.say(f"{steps:,} steps of {s.batch_tokens:,} tokens = {ranks.world} ranks x {accumulate} x {s.micro_batch} "
               f"windows of {s.context}; {steps * s.batch_tokens * flops_per_token:.3g} FLOPs")  # fmt: skip
     ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
-    resumes = kind == "resume"
     step, mask = state["step"] if resumes else 0, None
     if step < (s.mask_steps or 0):
         grown = lineage[-2 if resumes else -1]  # grow.py's entry: the last before this run's own
@@ -238,7 +240,7 @@ def main(argv=None):
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     for c in corpora:
         if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:
-            notes = [*notes, f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times"]
+            notes.append(f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times")
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
     for note in notes:
         ranks.say(f"note: {note}")
@@ -384,7 +386,7 @@ if __name__ == "__main__":
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"train.py: {error}, at a row of a table (make room, then --resume)", file=sys.stderr)
+        print(f"train.py: {error} (make room; --resume goes on from the last save, if there is one)", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     if dist.is_initialized():  # taking gloo down in order can wait for the interpreter's lock for ever

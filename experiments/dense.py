@@ -18,6 +18,8 @@ Under AdamW: the three smallest sizes at the first seed, but for the largest bud
 those of Muon from the same runs.
 """
 
+import sys
+
 from ladder import M, append, at, pick, read_rows
 from papers import PYTHON, climb, experiment
 from verdict import band, draw, fit_law, load, markdown, panels, points, save, say_fit, seeds, select, span_of
@@ -52,10 +54,11 @@ def copies(listed, home, out):
     corpus = data.prepare(PYTHON, load_tokenizer("bytes"), quiet=True)[0]
     half = data.validation_windows(corpus, 128, 128 * 128)[0]
     ids = torch.cat((half, half), 1)
+    made = [run for run in listed if run.columns and (out / run.name).exists()]
+    if not made:
+        sys.exit(f"no runs of {home.name} in {out} (`run` trains them if runs.csv is not there)")
     (home / "copies.csv").unlink(missing_ok=True)
-    for run in listed:
-        if not run.columns or not (out / run.name).exists():
-            continue
+    for run in made:
         with torch.inference_mode():
             logits, _, _ = checkpoint.load(out / run.name)(ids[:, :-1])
             loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")

@@ -42,8 +42,8 @@ def family(size, seed, optimizer="muon", own_rate=False):
     mixture, budgets = f"{size} 8x2", DENSE if optimizer == "muon" else []
     dense = climb("dense", size, budgets, seed, optimizer, also=D1S)
     arms = [("upcycled", D1, D2S) for D1 in D1S] + [("own rate", D1S[-1], D2S[1:2])] * own_rate
-    for arm, D1, budgets in arms:
-        dense += climb(arm, mixture, budgets, seed, optimizer, ["--upcycle", "8x2"], parent=(dense[0], D1))
+    for arm, D1, wanted in arms:
+        dense += climb(arm, mixture, wanted, seed, optimizer, ["--upcycle", "8x2"], parent=(dense[0], D1))
     return dense + (climb("scratch", mixture, D2S, seed) if optimizer == "muon" else [])
 
 

@@ -144,7 +144,8 @@ def draw(axes, i, curve, label, style="-"):
         marker = MARKERS[(i + 3 * (i // 7)) % 7]  # the second seven lines have other ones
         axes.plot(x, mean, color=COLOURS[i % 7], marker=marker, ms=4, lw=1.2, ls=style, label=label)
         axes.fill_between(x, low, high, color=COLOURS[i % 7], alpha=0.2, lw=0)
-        axes.vlines(x, low, high, color=COLOURS[i % 7], lw=0.8 * (len(x) == 1))  # a lone point has no band
+        if len(x) == 1:  # which has no band
+            axes.vlines(x, low, high, color=COLOURS[i % 7], lw=0.8)
 
 
 def band(rows, x, y="L", by="budget", **which):

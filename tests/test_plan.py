@@ -256,10 +256,12 @@ def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
         assert commands[way].split() == ["python", "train.py", "--init", mine, *words, "--tokens", f"{D2:.4g}"]
     shape = "--hidden-size 64 --intermediate-size 176 --num-hidden-layers 3 --num-attention-heads 2"
     assert commands["MoE from scratch"] == f"python train.py {shape} --experts 8 --top-k 2 --tokens {D2:.4g}"
-    config = {"model_type": "llama", "head_dim": 16, "tie_word_embeddings": True}
-    like = plan.flags_like(mine, config, {"data": "my notes.txt", "context": 64, "tokenizer": "gpt2"})
-    text = f"--data 'my notes.txt' --context 64 --tokenizer {mine}"
+    config = {"model_type": "llama", "head_dim": 16, "tie_word_embeddings": True, "rope_theta": 500000.0}
+    own = {"data": "my notes.txt", "context": 4096, "batch_tokens": 8192, "tokenizer": "gpt2"}
+    like = plan.flags_like(mine, config, own)
+    text = f"--data 'my notes.txt' --context 4096 --batch-tokens 8192 --rope-theta 500000.0 --tokenizer {mine}"
     assert like == f"--head-dim 16 {text} --no-qk-norm --tie-word-embeddings"
+    assert plan.command("upcycle", 1e6, mine, config, own, 8, 2).endswith("8x2 --batch-tokens 8192 --tokens 1e+06")
     assert plan.command("train on", 166.7, mine, {}, {}, 8, 2).endswith(" --tokens 167")
     for command in (*commands.values(), f"python train.py {like}"):  # train.py knows the flags
         settings.read_flags(settings.get_parser(), shlex.split(command)[2:])

@@ -193,6 +193,9 @@ def test_the_automatic_micro_batch_fills_the_memory_and_never_more(experts):
     used = (4 * 16 * 2048 + 12 * (2048 + (2 if experts else 1) * 8192)) * 2048 * windows
     assert memory / 2 < used <= memory
     assert horizon.default_micro_batch(config, 2048, 64, -1.0) == 1  # one window at least
+    large = Config(**shape, num_key_value_heads=8, head_dim=64, vocab_size=128000)
+    fewer, more = (horizon.default_micro_batch(large, 2048, 64, 20e9, logits=each) for each in (12, 0))
+    assert fewer == 2 < more == 4  # 2 x 2048 x 128,000 logits of 12 bytes: 6.3 GB
 
 
 # ---- compiled blocks ------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_a_full_disk_at_a_row_of_a_table_ends_in_a_line(here, texts):
         runpy.run_path({script!r}, run_name="__main__")"""
     done = subprocess.run([python, "-c", code, *flags], **CAPTURE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "No space left on device, at a row of a table" in done.stderr
+    assert "No space left on device (make room" in done.stderr
 
 
 def test_a_text_that_is_read_several_times_is_told(here, texts, capsys):
