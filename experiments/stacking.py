@@ -12,9 +12,9 @@ ones, 0 1 0 1 (2510.08008). One layer can be made many at 0.8 of the run, and ha
 Here. The target has 4 layers of 64. Depth grows from 2 layers of 64, width from 4 layers of 32. Bases are trained at a
 constant rate for d = 1 M bytes of Python, grown, and trained on for 1.5 M; every operator has a rate of its own.
 LiGO's 100 steps count, in tokens and FLOPs. "At equal FLOPs" counts the base, and reads the target from scratch off
-between its budgets of 1, 2 and 4 M. Then, at the rate of stacking and for 1.5 M more: stacked against interposed at
-d = 0.25, 1 and 3 M, and one layer made four at d = 1 M. And one layer made four after 3.2 M of 4 M, with a decay of
-0.6 M, against the target from scratch at 4 M. Under AdamW: scratch and depth-direct.
+between its budgets of 1, 2 and 4 M. Then, for 1.5 M more at the rate of stacking, tuned for d = 1 M and for 3 M:
+stacked against interposed at d = 0.25, 1 and 3 M, and one layer made four at d = 1 M. And one layer made four after
+3.2 M of 4 M, with a decay of 0.6 M, against the target from scratch at 4 M. Under AdamW: scratch and depth-direct.
 """
 
 import statistics
@@ -83,7 +83,8 @@ def others(seed, base):
     arms += [("one to many late", (runs[0], LATE), many, SCRATCH[-1] - LATE, ("--decay-fraction", 0.75))]
     for arm, parent, layers, tokens, flags in arms:
         made = listed(parent, layers, seed)
-        runs += [made, *climb(arm, BIG, [tokens], seed, "muon", flags, (made, None), rate=f"depth direct {BIG} muon")]
+        d = parent[1] if parent[0] is base and parent[1] > D else D  # a longer base wants a lower rate
+        runs += [made, *climb(arm, BIG, [tokens], seed, "muon", flags, (made, None), rate=f"{stacked(d)} {BIG} muon")]
     return runs
 
 
