@@ -15,8 +15,7 @@ which a mixture from scratch wins at equal D2.
 Here. Two sizes, upcycled to 8x2 (copies, router of deviation 0.02). One dense trunk for each size and seed has
 snapshots at D1 = 0.375, 1.5 and 5 M bytes of Python. From each a mixture is trained on for D2 = 0.5, 1.25 and 3 M: a
 trunk with branches, new optimizer, new warmup, the text goes on. Beside it the dense model trained on (budgets to 8 M)
-and the mixture from scratch (to 3 M). Rates: one sweep for each arm, size and D1: the best one falls as D1 grows, and
-one rate for all makes alpha3 too large.
+and the mixture from scratch (to 3 M). Rates: one sweep for each arm, size and D1, as the best one falls as D1 grows.
 alpha3 is fitted three ways: E taken over from the mixture from scratch, as in the paper; E free; and each size alone,
 without B N^-beta. "Noise explains it away" is the F test of uncertainty.py. Under AdamW: one size at the first seed,
 and one rate, that of the smallest D1.
