@@ -125,7 +125,7 @@ def panel(axes, rows):
     """The loss over D2 for each D1, beside the mixture from scratch."""
     for i, (label, arm) in enumerate(mixtures().items()):
         draw(axes, i, band(rows, "budget", **arm), label)
-    axes.set(xscale="log", xlabel=f"D2, tokens as a mixture ({SIZES[-1]} 8x2); D1 free")
+    axes.set(xscale="log", xlabel=f"D2, tokens as {SIZES[-1]} 8x2 (D1 not counted)")
     axes.set_ylabel("validation loss, nats a byte")
     axes.legend(frameon=False, fontsize=8)
 
