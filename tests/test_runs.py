@@ -234,7 +234,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path, capsys):
 
 def test_one_name_for_two_texts_or_two_tokenizers_is_noticed(tmp_path, capsys):
     for i, text in enumerate(("same", "same", "other")):
-        make_run(tmp_path / str(i), [], [5, 3], plan={"tokenizer": "gpt2"} if i == 1 else {"tokenizer": None})
+        make_run(tmp_path / str(i), [], [5, 3], plan={"tokenizer": "gpt2" if i == 1 else "bytes"})
         about = json.loads((tmp_path / str(i) / "run.json").read_text())
         about["lineage"][-1]["data"]["python"]["sha256"] = text
         (tmp_path / str(i) / "run.json").write_text(json.dumps(about))
