@@ -317,6 +317,16 @@ def test_two_processes_and_shards_equal_one(here, texts, extra):
     run(texts, "--resume", "--out", "shards")  # the checkpoint knows nothing of shards
 
 
+def test_compiled_shards_equal_one(here, texts):
+    """What a machine of several GPUs does unless told otherwise: --fsdp and torch.compile together."""
+    flags = [*MOE, *FEW, "--tokens", 256 * 8, "--micro-batch", 2, "--log-every", 1, "--lr", 0.003]
+    run(texts, *flags, "--out", "one")
+    flags += ["--fsdp", "--compile", "--out", "compiled"]
+    two_ranks(ROOT / "train.py", *TINY, "--data", texts / "a.txt", *flags)
+    one, two = ([float(row["loss"]) for row in table(f"{out}/log.csv")] for out in ("one", "compiled"))
+    assert len(one) == 8 and np.abs(np.subtract(one, two)).max() < 1e-4
+
+
 def test_upcycled_in_memory_in_shards_and_in_a_folder_is_the_same_mixture(here, texts):
     run(texts, "--tokens", 256, "--num-hidden-layers", 4, "--out", "parent")
     upcycle.upcycle_folder("parent", "folder", 4, 2, granularity=2)
