@@ -55,7 +55,7 @@ def parse_spec(spec):
 def split_spec(spec):
     """The same without the files, which need not be there."""
     if {",", ":"} & {*spec} and os.path.exists(spec):  # a file may be called a,b.txt or 12:30.txt
-        return [(re.sub(r"[^\w.-]+", "-", Path(spec).absolute().stem), spec, None)]
+        return [(named_after(spec), spec, None)]
     corpora = []
     for part in spec.split(","):
         # name= of word characters only; :weight after the last colon, without / or :
@@ -67,8 +67,8 @@ def split_spec(spec):
             with refuse(f"weight {weight!r} of {source!r}", f"a number, such as {source}:0.5"):
                 weight = float(weight)
             need(0 <= weight <= 1e9, f"weight {weight:g} of {source!r} (from 0 to 1e9; 0 only evaluates)")
-        stem = Path(re.split(r"[*?[]", source)[0]).absolute().stem  # of a glob: what stands before the wildcards
-        corpora.append((name or re.sub(r"[^\w.-]+", "-", stem), source, weight))
+        before = re.split(r"[*?[]", source)[0]  # of a glob: what stands before the wildcards
+        corpora.append((name or named_after(before), source, weight))
     names, _, weights = zip(*corpora)
     twice, times = Counter(names).most_common(1)[0]
     need(times == 1, f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
@@ -76,6 +76,11 @@ def split_spec(spec):
         need(None not in weights, f"a weight for some corpora only in {spec!r} (for all of them, or for none)")
         need(sum(weights) > 0, f"all weights are zero in {spec!r} (one corpus at least to train on)")
     return corpora
+
+
+def named_after(path):
+    """The name of a corpus that has been given none."""
+    return re.sub(r"[^\w.-]+", "-", Path(path).absolute().stem)
 
 
 def list_files(source):

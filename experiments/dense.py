@@ -91,14 +91,19 @@ def best_sizes(rows, x):
     return found
 
 
+def ranges(what, rows, y, digits):
+    """A table of y: for each size and budget its mean and range over the seeds."""
+    text = lambda mean, low, high: f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    cells = [[size, *(text(*point[1:]) for point in sorted(band(rows, "D", y, shape=size)))] for size in SIZES]
+    markdown([what, *(f"{tokens / M:g} M" for tokens in BUDGETS)], cells)
+
+
 def show(home):
     from laws import predict
 
     rows = load(home)
     muon, adamw = select(rows, optimizer="muon"), select(rows, optimizer="adamw")
-    cells = [[size, *(f"{mean:.3f} ({low:.3f} to {high:.3f})" for _, mean, low, high in
-              sorted(band(muon, "D", shape=size)))] for size in SIZES]  # fmt: skip
-    markdown([f"L, {len(seeds(muon))} seeds", *(f"{tokens / M:g} M" for tokens in BUDGETS)], cells)
+    ranges(f"L, {len(seeds(muon))} seeds", muon, "L", 3)
     for x, name in (("flops_total", "FLOPs"), ("seconds", "seconds on one thread")):
         markdown([name, "best size", "its L"], best_sizes(muon, x))
 
@@ -109,16 +114,16 @@ def show(home):
     for row in rows:
         row["gained"] = gained.get(row["run"], math.nan)
     if gained:
-        cells = [[size, *(f"{mean:.2f} ({low:.2f} to {high:.2f})" for _, mean, low, high in
-                  sorted(band(muon, "D", "gained", shape=size)))] for size in SIZES]  # fmt: skip
-        markdown(["the first copy less the second", *(f"{tokens / M:g} M" for tokens in BUDGETS)], cells)
+        ranges("the first copy less the second", muon, "gained", 2)
         copying = [row for row in muon if row["gained"] >= COPIES]
         report = fit_law([row for row in muon if row["gained"] < COPIES], "chinchilla")
         say_fit("chinchilla, the runs that do not copy yet", report)
         print(exponents(report))
-        law = lambda row: predict(report, N=row["N"], D=row["D"])
-        table = [[row["shape"], f"{row['budget'] / M:g} M", f"{row['gained']:.2f}", f"{row['L']:.3f}",
-                  f"{row['L'] - law(row):+.3f}"] for row in sorted(copying, key=lambda row: row["gained"])]  # fmt: skip
+        table = []
+        for row in sorted(copying, key=lambda row: row["gained"]):
+            apart = row["L"] - predict(report, N=row["N"], D=row["D"])
+            numbers = f"{row['gained']:.2f}", f"{row['L']:.3f}", f"{apart:+.3f}"
+            table.append([row["shape"], f"{row['budget'] / M:g} M", *numbers])
         markdown(["a run that copies", "tokens", "gained", "L", "less that law"], table)
     if adamw:
         small = select(muon, shape=AGAIN, seed=adamw[0]["seed"], budget=BUDGETS[:-1])
@@ -155,7 +160,7 @@ def plot(home, rows, report):
     right.set(xscale="log", yscale="log", xlabel="C = 6 N D", ylabel="N")
     right.legend(frameon=False, fontsize=8)
     for i, size in enumerate(SIZES):
-        draw(last, i, [point for point in band(rows, "D", "gained", shape=size) if point[1] == point[1]], size)
+        draw(last, i, band(rows, "D", "gained", shape=size), size)
     last.set(xscale="log", xlabel="tokens", ylabel="loss on text less that on its copy")
     save(figure, home, left, middle, right, last)
 

@@ -136,10 +136,10 @@ def save(figure, home, *logarithmic):
 
 def draw(axes, i, curve, label, style="-"):
     """One line of (x, mean, lowest, highest) points in the i-th colour, with a band over the seeds. Points without an
-    x (seconds that were not measured) are left out."""
+    x or a mean (what was not measured) are left out."""
     from plots import COLOURS, MARKERS
 
-    if curve := [point for point in curve if point[0] == point[0]]:
+    if curve := [point for point in curve if not any(map(math.isnan, point[:2]))]:
         x, mean, low, high = zip(*sorted(curve))
         marker = MARKERS[(i + 3 * (i // 7)) % 7]  # the second seven lines have other ones
         axes.plot(x, mean, color=COLOURS[i % 7], marker=marker, ms=4, lw=1.2, ls=style, label=label)
