@@ -5,7 +5,7 @@
 
 `moe.output_scale` = s multiplies the initial down_proj, so that the layer's output begins with the variance of the
 dense layer's. Four ways: that, or 1 in the place of s; and the usual update of down_proj, or s times it (with the same
-decay). 8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at 0.007.
+decay). 8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at the rate of `--lr auto`.
 """
 
 import csv
@@ -25,7 +25,7 @@ WAYS = {"s, 1": (1, 0), "1, 1": (0, 0), "s, s": (1, 1), "1, s": (0, 1)}  # initi
 
 
 def flags(row):
-    given = [*SHAPE, "--experts", 8, "--tokens", M // 2, "--lr", 0.007, "--seed", row["seed"]]
+    given = [*SHAPE, "--experts", 8, "--tokens", M // 2, "--seed", row["seed"]]
     return [*given, "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
 
 
