@@ -92,13 +92,17 @@ def reweight(r):
 
 
 def residuals(theta, X, y):
-    """For S fits at once, theta (S, P): r = ln predicted - y (S, n), and each term's share (K, S, n) of the prediction.
-    d r / d theta_p is the sum of share[k] X[k, p] over the terms k."""
+    """For S fits theta (S, P): r = ln predicted - y (S, n), and each term's share of the prediction (K, S, n)."""
     Z = theta @ X  # (K, S, n): ln of each term
     top = Z.max(0)  # the largest is taken out before exp, which would overflow at a far start
     Z = np.exp(Z - top)
     total = Z.sum(0)
     return top + log(total) - y, Z / total
+
+
+def slopes(share, X):
+    """J = d r / d theta (S, P, n): the sum over the terms of share (K, S, n) times X (K, P, n)."""
+    return np.einsum("ksn,kpn->spn", share, X)
 
 
 def descend(X, y, theta, free, steps, weights=1.0):
@@ -115,7 +119,7 @@ def descend(X, y, theta, free, steps, weights=1.0):
     r, share = residuals(theta, X, y)
     f = (weights * huber(r)).sum(1)
     for _ in range(steps):
-        J = np.einsum("ksn,kpn->spn", share, X[:, free])  # d r / d theta
+        J = slopes(share, X[:, free])
         h = weights * reweight(r)
         H, g = (J * h[:, None]) @ J.transpose(0, 2, 1), (J * h[:, None]) @ r[:, :, None]
         diagonal = np.einsum("spp->sp", H)
@@ -141,8 +145,7 @@ def polish(X, y, theta, free):
         return moved
 
     def jacobian(values):
-        share = residuals(at(values), X, y)[1][:, 0]  # (K, n)
-        return np.einsum("kn,kpn->np", share, X[:, free])
+        return slopes(residuals(at(values), X, y)[1], X[:, free])[0].T  # (n, P)
 
     with np.errstate(all="ignore"):  # SciPy warns of a coefficient that changes nothing
         found = least_squares(lambda values: residuals(at(values), X, y)[0][0], theta[free], jacobian, x_scale="jac",
@@ -153,9 +156,9 @@ def polish(X, y, theta, free):
 
 
 def hoffmann_grid(prefactor, E, X, size=4500):
-    """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents lie in 0 .. 2, with the sign that
-    makes the term fall; in 0 .. 40 / the mean factor, if that is above 20 (ln N from N = 5e8 on, a product of two
-    logarithms far more). A random `size` of the grid's points if it has more."""
+    """Starts (S, P): ln E in -1 .. 1, ln of other prefactors in 0 .. 25. Exponents: five from 0 to 2, with the sign
+    that makes the term fall. Where their mean factor exceeds 20 (ln N from 5e8 on) up to 40 / it, as e^-40 is nothing.
+    A random `size` of the grid's points if it has more."""
     axes = []
     for j in range(len(prefactor)):
         factor = X[:, j][X[:, j] != 0]

@@ -141,8 +141,8 @@ def fit(form, table, target="L", fixed=None, simpler=None, bootstrap=0, blocks=N
 
 def held_out(form, table, target, fixed, best):
     """RMSE of ln L on the largest fifth of the runs (by the product of the law's columns) after a fit to the others.
-    It starts at the floors of `best`, the fit to all runs, in the place of the whole grid: so the largest runs say
-    where to start, and no more."""
+    It starts at the floors of `best`, the fit to all runs, in the place of the whole grid (if the law has a floor): so
+    the largest runs say where to start, and no more."""
     size = sum(log(table[c]) for c in columns(form) if c != "G")  # granularity makes no run larger
     order = np.argsort(size, kind="stable")
     small, large = ({c: v[part] for c, v in table.items()} for part in np.split(order, [-max(1, len(order) // 5)]))

@@ -29,9 +29,9 @@ import numpy as np
 from numpy import log
 from scipy.special import fdtri, ndtr, stdtrit
 
-from descent import HUBER, columns, descend, design, huber, residuals
+from descent import HUBER, columns, descend, design, huber, residuals, slopes
 
-TIED = 0.01  # a column whose logarithm spreads less is constant; one that others predict to about 1 % of it is tied
+TIED = 0.01  # a column whose logarithm spreads less is constant; one that others predict to 1 % of its spread is tied
 
 
 def allowance(r, P, q=1):
@@ -41,13 +41,13 @@ def allowance(r, P, q=1):
 
         s / 2 * q * F(q, n - P),   s = mean(psi^2) / mean(psi') * n / (n - P)        (Huber 1981)
 
-    r (n) are the residuals of the best fit, F is the F distribution's 95 % point. psi is the force: r clipped to +-
-    delta. psi' is its slope: 1 for |r| < delta, 0 beyond. Noise pushes a coefficient by its force over the curvature,
-    and that gains half of the force squared over the curvature: hence s / 2 for each of the q. n / (n - P): the fit has
-    bent towards the runs. For least squares psi(r) = r, s is the variance of the noise, and this is the F test.
-    mean(psi') is the share of runs within delta of the curve. If m, the median of |r|, is above delta, these are too
-    few to count. Then it is estimated from the half with |r| < m. If they are spread evenly, a part delta / m of them
-    lies within delta: mean(psi') = delta / (2 m).
+    r (n) are the residuals of the best fit, F is the F distribution's 95 % point. psi is the force of a run: r clipped
+    to +- delta. psi' is its slope: 1 for |r| < delta, 0 beyond. Near its lowest point f is a parabola in a coefficient:
+    a force g moves it by g / curvature, and lowers f by g^2 / (2 curvature). Hence s / 2 for each of the q. n / (n -
+    P): the fit has bent towards the runs. For least squares psi(r) = r, s is the variance of the noise, and this is the
+    F test. mean(psi') is the share of runs within delta of the curve. If m, the median of |r|, is above delta, these
+    are too few to count. Then it is estimated from the half with |r| < m. If they are spread evenly, a part delta / m
+    of them lies within delta: mean(psi') = delta / (2 m).
     """
     n, half = len(r), max(HUBER, np.median(np.abs(r)))
     curvature = np.mean(np.abs(r) <= half) * HUBER / half  # mean psi'
@@ -58,10 +58,10 @@ def allowance(r, P, q=1):
 def tied(form, table, names):
     """{coefficient: reason} for those of `names` that belong to columns which the runs do not vary independently.
 
-    In each term that changes when a column is doubled, these belong to the column: the exponents whose factor changes,
-    the prefactor, and exponents whose factor is the same in all runs. If N is the same in all runs, A N^-alpha is one
-    number. With D = 20 N both terms of Chinchilla's law are powers of N: exchange them, and the fit is as good, so it
-    cannot say which is which.
+    In A N^-alpha, A and alpha belong to N: if N never varies, the term is one number. Other exponents of the term
+    belong to N, too, if their factor is the same in all runs, for that makes them part of the prefactor. With D = 20 N
+    both terms of Chinchilla's law are powers of N: exchange them, and the fit is as good, so it cannot say which is
+    which.
     """
     args = {c: np.asarray(table[c], float) for c in columns(form)}
     belong = {}  # column: its coefficients
@@ -102,14 +102,14 @@ def undetermined(form, table, best):
     flat = huber(best.y - np.median(best.y)).sum()  # the objective of one constant, the median
     poor = flat - best.f > allowance(r, P, max(1, P - 1))  # P - 1 coefficients less
     level = {} if poor else dict.fromkeys(names, "one constant fits all losses as well as noise allows")
-    why = tied(form, table, names) | level | floor  # of two reasons the one further right stands
+    why = tied(form, table, names) | level | floor  # reasons 3, 2, 1: the next replaces the one before
     alive = best.X[share.max(1) >= 1e-6][:, best.free]
     for j in np.flatnonzero((alive == 0).all((0, 2))):
-        why.setdefault(names[j], "its term is nothing: below a millionth of every loss")
-    logs = {c: log(table[c]) for c in columns(form)}
+        why.setdefault(names[j], "its term is nothing: below a millionth of every loss")  # 4 and 5 fill gaps alone
+    logs = {c: log(table[c]) for c in columns(form)}  # a little scatter would hide from `size` what depends on nothing
     still = {c: v if v.std() > TIED else np.full(len(v), v.mean()) for c, v in logs.items()}
     X = design(form, {c: np.exp(v) for c, v in still.items()})[2]
-    J = np.einsum("kn,kpn->np", residuals(best.theta[None], X, best.y)[1][:, 0], X[:, best.free])  # d r / d theta
+    J = slopes(residuals(best.theta[None], X, best.y)[1], X[:, best.free])[0].T  # (n, P)
     _, size, V = np.linalg.svd(J / np.maximum(np.abs(J).max(0), 1e-300), full_matrices=False)
     for j in np.flatnonzero((np.abs(V[size < 1e-8]) > 1e-4).any(0)):  # size: what a step of 1 along V changes
         why.setdefault(names[j], "a change of it is made good exactly by others, or changes nothing")
@@ -120,10 +120,11 @@ def resample(best, starts, free, times, blocks, seed):
     """Refits to resampled runs, theta (times, P), each from the best of `starts` (Q, P). free (P): other coefficients
     keep the value of the start. blocks (n): the number of each run's block, from 0 on."""
     count, rng, refits = blocks.max() + 1, np.random.default_rng(seed), []
+    steps = 12 if len(starts) > 1 else 0  # enough to see which start leads lowest
     for i in range(0, times, 100):
         drawn = [np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(min(100, times - i))]
         w = np.array(drawn, float)[:, blocks]  # (S, n): how often each run counts
-        tried = [descend(best.X, best.y, np.tile(t, (len(w), 1)), free, 12 * (len(starts) > 1), w) for t in starts]
+        tried = [descend(best.X, best.y, np.tile(t, (len(w), 1)), free, steps, w) for t in starts]
         first = np.argmin([f for _, f in tried], 0)
         theta = np.array([t for t, _ in tried])[first, np.arange(len(w))]
         refits.append(descend(best.X, best.y, theta, free, 100, w)[0])
@@ -151,7 +152,8 @@ def intervals_of(best, times, blocks, seed):
     if count < 3:
         raise ValueError(f"{count} blocks to resample (at least 3)")
     df = n - P if blocks is None else count - 1
-    tail = 100 * ndtr(-math.sqrt(count / df) * stdtrit(df, 0.975))  # corrections 1 and 2
+    away = math.sqrt(count / df) * stdtrit(df, 0.975)  # corrections 1 and 2: so many deviations in the place of 1.96
+    tail = 100 * ndtr(-away)  # as a percentile
     starts = best.theta[None]
     if best.E is not None:  # a refit that starts at the best fit alone stays near its floor
         starts = np.tile(starts, (5, 1))
