@@ -54,7 +54,8 @@ def replacing(path):
             os.fsync(f.fileno())
         if os.name == "posix":  # safetensors writes for the owner alone
             os.umask(mask := os.umask(0))
-            os.chmod(beside, 0o666 & ~mask)
+            with suppress(OSError):  # a Windows disk under WSL has no such bits
+                os.chmod(beside, 0o666 & ~mask)
         rename(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -284,9 +284,8 @@ class Reader:
         from pinned memory: so it goes on while the CPU does other things."""
         T = self.context
         pair = inputs_and_targets([self.corpora[k].train[w * T : w * T + T + 1] for k, w in items])
-        if torch.device(device).type == "cuda":
-            pair = [t.pin_memory() for t in pair]
-        return tuple(t.to(device, non_blocking=True) for t in pair)
+        pinned = torch.device(device).type == "cuda"
+        return tuple((t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for t in pair)
 
 
 def same_corpora(spec, other):

@@ -100,7 +100,7 @@ same = lambda t: t
 def random_numbers(name, shape, seed, like):
     """Normal numbers for the tensor of that name, as large as those of `like`; the same ones wherever it is made."""
     layer, expert, matrix, _ = place(name)
-    rms = like.double().square().mean().sqrt().item()
+    rms = like.cpu().double().square().mean().sqrt().item()
     return model.normal(shape, rms, seed, -1 if layer is None else layer, expert or 0, f"grow {matrix}").to(like)
 
 

@@ -28,14 +28,15 @@ def fast_bf16(device):
 
 def memory_for_activations(device, sizes, shards):
     """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): gradients and two moments in fp32, copies
-    in bf16, and the weights once more as a reserve. On a CPU not much, as what is near the caches is fastest; elsewhere
-    16 GB, a guess."""
+    in bf16, and the weights once more as a reserve. On a CPU not much, as what is near the caches is fastest. On
+    Apple's GPU half of what one should use, a guess."""
     match device.type:
         case "cuda":
             return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
         case "cpu":
             return 0.18e9
-    return 16e9
+        case "mps":
+            return torch.mps.recommended_max_memory() / 2
 
 
 def default_micro_batch(config, context, windows, memory, recomputes=False, logits=0):
@@ -62,8 +63,8 @@ def auto_lr(optimizer, N, D, steps):
 def continued_lr(optimizer, N, batch_tokens, steps, lineage):
     """`auto_lr` for a run of so many steps after `lineage`: that of the whole way, times the root of the share that is
     new. A model whose rate has decayed loses at a high one what the decay had brought, and a short run does not win it
-    back; new text wants a higher one than more of the old (experiments/LOG.md). At most nine times this run counts as
-    before; an unknown number counts as nine times."""
+    back; new text wants a higher one than more of the old (experiments/LOG.md). What came before counts as at
+    most nine times this run; as nine times if unknown."""
     tokens = [entry["tokens"] for entry in lineage if "tokens" in entry]
     before = 9 * steps if None in tokens else min(9 * steps, sum(tokens) / batch_tokens)
     whole = before + steps
@@ -87,15 +88,17 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recom
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
     memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
-    logits = 12 if device.type == "cuda" else 0  # they, their softmax and their gradient, in fp32
+    logits = 0 if device.type == "cpu" else 12  # they, their softmax and their gradient, in fp32
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory, recomputes, logits)
     if s.lr == "auto":
         n = max(1, steps)  # a run of no steps only evaluates
         s.lr = float(f"{continued_lr(s.optimizer, sizes['N_active'], s.batch_tokens, n, lineage):.2g}")
         check_rate(s)
     s.warmup = steps // 50 if s.warmup is None else s.warmup
-    # At most a quarter of the run's tokens, at a third of the price: a twelfth (of one corpus; two cost twice that). On
-    # CUDA a token in fp32 costs three to five times one of training in bf16.
+    if s.warmup > steps > 0:
+        raise ValueError(f"--warmup {s.warmup} is beyond the run's {steps} steps (its rate would never be reached)")
+    # Evaluations read at most a quarter of the run's tokens, at a third of the price: a twelfth of the run (for each
+    # corpus). On CUDA a fortieth, at three to five times the price, as they are in fp32 and training is in bf16.
     part = 40 if device.type == "cuda" else 4
     evaluations = min(10, max(1, steps * s.batch_tokens // (part * s.eval_tokens)))
     s.eval_every = s.eval_every or max(1, math.ceil(steps / evaluations))  # rounded up: not twice near the end
@@ -105,5 +108,6 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recom
     snapshots = {round(t / s.batch_tokens) for t in s.save_at}
     if snapshots and not 0 < min(snapshots) <= max(snapshots) <= steps:
         right = f"from one step, {s.batch_tokens:,}, to {steps * s.batch_tokens:,} tokens"
-        raise ValueError(f"--save-at {max(s.save_at):,} is not within the run ({right})")
+        wrong = max(s.save_at) if max(snapshots) > steps else min(s.save_at)
+        raise ValueError(f"--save-at {wrong:,} is not within the run ({right})")
     return steps, snapshots

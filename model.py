@@ -403,7 +403,7 @@ def main():
     add("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all (default: %(default)s)")
     add("--top-p", type=float, default=0.95, help="keep the likeliest up to this probability (default: %(default)s)")
     add("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
-    add("--device", default="cpu", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add("--device", default="cpu", help="auto, cpu, cuda or mps (not tried; default: %(default)s)")
     args = parser.parse_args()
     try:
         if args.tokens < 0 or not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
@@ -435,10 +435,11 @@ def main():
 
 
 def pick_device(name):
-    """torch.device for auto, cpu, cuda or mps. Raises ValueError if this machine has none."""
+    """torch.device for auto, cpu, cuda or mps. auto: CUDA, else the CPU. Apple's GPU is only taken if asked for: it was
+    not tried, and some versions of torch compute wrong numbers on it. Raises ValueError if this machine has none."""
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if have["cuda"] else "mps" if have["mps"] else "cpu"
+        name = "cuda" if have["cuda"] else "cpu"
     if name not in have:
         raise ValueError(f"--device {name} is unknown (auto, cpu, cuda, mps)")
     if not have[name]:

@@ -185,7 +185,7 @@ def get_parser(commands=""):
     add("--seed", type=number, default=1, help="of new weights, and of the text's order in a lineage's first run")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", default="auto", help="auto (CUDA, else the CPU), cpu, cuda, or mps (Apple's; not tried)")
     dtypes = ("auto", "float32", "bfloat16")
     add("--dtype", choices=dtypes, default="auto", help="of the products; auto is bfloat16 where it is fast")
     add("--compile", action=switch, help="torch.compile each block (default: on CUDA only)")
@@ -206,7 +206,7 @@ def get_parser(commands=""):
 
 def read_flags(parser, argv):
     """argv -> (args with every default, the dict of what was really given)."""
-    args = parser.parse_args(argv)  # and once more, without defaults, to learn what was given
+    args = parser.parse_args(argv)  # once more, onto Nones, which argparse does not replace: the rest was given
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
     return args, {k: v for k, v in given.items() if v is not None}
 
@@ -234,7 +234,7 @@ def settle(args, given, world):
             operators, config, lineage = reshape(folder, config, lineage, s, given)
             s.context = s.context or min(config.max_position_embeddings, 1024)  # a public model's can be huge
         case "branch":
-            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # from the trunk's rate down
+            s.schedule, s.warmup, s.decay_fraction, s.lr = "wsd", 0, 1.0, state["lr"]  # down from the trunk's last rate
             if state["finished"] and stored.get("schedule") != "constant":
                 right = "a snapshot from before, or --init"
                 raise ValueError(f"--branch {folder}: this run is at its end, and its rate has decayed ({right})")
@@ -278,8 +278,8 @@ def inherit(kind, args, given, stored):
     s, defaults = SimpleNamespace(), vars(get_parser().parse_args([])) | BEFORE
     upcycling = ("granularity", "router") if args.upcycle else ()  # of the new experts
     for names, ways in FROM.items():
-        way = ways[KINDS.index(kind)]
         for name in names:
+            way = ways[KINDS.index(kind)]
             value = getattr(args, name)
             before = stored.get(name, defaults[name])
             if way == "text":  # that it is the same to the byte is checked when it is read

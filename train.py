@@ -39,7 +39,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from shlex import quote
 
 if __name__ == "__main__":
@@ -96,6 +96,19 @@ def prepare(s, tokenizer, ranks):
     if problem := ranks.agree(problem):
         raise ValueError(problem)
     return corpora or data.prepare(s.data, tokenizer, quiet=True, context=s.context)
+
+
+def get_reader(start, corpora, ranks):
+    """(what hands out the windows, notes for the user). The seed of their order, and the place in the text, are those
+    after the lineage. A resumed run and a branch take only the seed from it: trainer.pt has their exact place."""
+    s, state = start.settings, start.state
+    if state:
+        data.same_text(state["run"]["lineage"][-1], corpora)
+    seed, sequence, read, notes = data.position(start.lineage, corpora, s.context, start.tokenizer.key)
+    if state:
+        sequence, read = state["sequence"], state["read"]
+        notes = settings.told_apart(state, s, start.config, ranks.world)
+    return data.Reader(corpora, s.context, s.seed if seed is None else seed, sequence, read), notes
 
 
 def get_optimizers(named, s, moments, ranks):
@@ -170,24 +183,31 @@ def evaluate(module, parallel, windows, micro_batch, ranks, device):
 # ---- the run --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def refusing(parser, ranks, kinds=(ValueError, FileNotFoundError)):
+    """What is wrong with the flags, or with what they name, ends the run on every rank; the first one says it."""
+    try:
+        yield
+    except kinds as error:
+        if ranks.first:
+            parser.error(str(error))  # exits, too
+        sys.exit(2)
+
+
 def main(argv=None):
     start_time, ranks = time.time(), Ranks()
     parser = settings.get_parser("\n".join(__doc__.split("\n")[2:10]))
     args, given = settings.read_flags(parser, argv)
 
-    def fail(error):
-        if ranks.first:
-            parser.error(str(error))  # exits, too
-        sys.exit(2)
-
     # settings, and what depends on the device
-    try:
+    with refusing(parser, ranks):
         device = model.pick_device(args.device)
+        if device.type == "mps" and ranks.world > 1:
+            raise ValueError("--device mps: processes on it cannot talk to each other (one process, or --device cpu)")
         start = settings.settle(args, given, ranks.world)
-    except (ValueError, FileNotFoundError) as error:
-        fail(error)
     kind, s, config, tokenizer, lineage, state, *_ = start
-    if kind == "resume" and state["finished"]:
+    resumes = kind == "resume"
+    if resumes and state["finished"]:
         more = f"python train.py --init {quote(s.out)} --tokens ..."
         ranks.say(f"{s.out} is finished: {state['step']} steps (more: {more})")
         return 0
@@ -201,17 +221,12 @@ def main(argv=None):
     ranks.say(f"{s.data} with {tokenizer.name} tokens on {ranks.world} x {device.type}, {s.dtype}")
 
     # model and horizon
-    resumes = kind == "resume"
     module = build(start, ranks)
     sizes, flops_per_token = module.num_parameters(), module.flops_per_token(s.context)
-    try:
+    with refusing(parser, ranks):
         steps, snapshots = horizon.complete(
             s, config, sizes, flops_per_token, device, ranks.world, lineage, module.recompute_blocks
         )
-        if s.warmup > steps > 0 and not resumes:
-            raise ValueError(f"--warmup {s.warmup} is beyond the run's {steps} steps (its rate would never be reached)")
-    except ValueError as error:
-        fail(error)
     s.micro_batch = ranks.agree(s.micro_batch)  # the first rank's: free memory may differ
     accumulate = s.batch_tokens // s.context // ranks.world // s.micro_batch
     ranks.say("  ".join(f"{name} {n:,}" for name, n in sizes.items()))
@@ -220,28 +235,20 @@ def main(argv=None):
     ranks.say(f"{s.optimizer}, rate {s.lr} ({s.schedule}, {s.warmup} steps of warmup)")
     step, mask = state["step"] if resumes else 0, None
     if step < (s.mask_steps or 0):
-        grown = lineage[-2 if resumes else -1]  # grow.py's entry: the last before this run's own
+        grown = [entry for entry in lineage if entry["step"] == "grow"][-1]
         mask = Mask(module, grown, s.mask_steps, draw=not resumes)
         mask.open(step)
 
     # data
-    try:
+    with refusing(parser, ranks):
         corpora = prepare(s, tokenizer, ranks)
-        if state:
-            data.same_text(state["run"]["lineage"][-1], corpora)
-    except ValueError as error:
-        fail(error)
-    # Where the lineage stopped in the text. A resumed run and a branch take the order alone from it, and know the rest
-    # to the window, from trainer.pt.
-    first_seed, sequence, read, notes = data.position(lineage, corpora, s.context, tokenizer.key)
-    if state:
-        sequence, read, notes = state["sequence"], state["read"], settings.told_apart(state, s, config, ranks.world)
-    reader = data.Reader(corpora, s.context, s.seed if first_seed is None else first_seed, sequence, read)
+        reader, notes = get_reader(start, corpora, ranks)
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     for c in corpora:
         if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:
             notes.append(f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times")
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
+    prompt = tokenizer.encode([prompt])[0].tolist()
     for note in notes:
         ranks.say(f"note: {note}")
 
@@ -257,10 +264,9 @@ def main(argv=None):
         shown = (f"{c.name} {losses[c.name]:.4f} nats ({c.bits(losses[c.name]):.3f} bits/byte)" for c in corpora)
         return losses, "  ".join(shown)
 
-    def update(step):
-        """One step of the optimizers: (rate, this rank's loss and a mixture's aux, summed over its micro-batches, and
-        the norm of the whole gradient)."""
-        lr = rate(step, steps, s)
+    def update(lr):
+        """One step of the optimizers: (this rank's loss and a mixture's aux, summed over its micro-batches; the norm of
+        the whole gradient)."""
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = lr * group.get("factor", 1.0)
         items = reader.take(accumulate * s.micro_batch * ranks.world)
@@ -283,16 +289,14 @@ def main(argv=None):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return lr, loss_sum, routing, norm
+        return loss_sum, routing, norm
 
     if steps == 0:
         ranks.say(evaluation()[1])
         return 0
 
-    try:
+    with refusing(parser, ranks, OSError):
         record = Record(start, ranks, corpora, reader, module, optimizers, mask, args.overwrite)
-    except OSError as error:
-        fail(error)
     signals = Signals()
     quiet = not ranks.first or not sys.stderr.isatty()
     bar = tqdm(total=steps, initial=step, unit="step", disable=quiet, dynamic_ncols=True)
@@ -300,15 +304,15 @@ def main(argv=None):
     if compiled and not mask:
         compile_blocks(module)
     sampled = {0, steps // 10, steps // 2, steps}
-    fresh = not resumes  # the step at which a run resumes was evaluated and saved before
+    pending = not resumes  # is this step still to be evaluated and saved? The one that a run resumes at is not
     stop = code = 0  # a signal's number; the exit status
     while True:
         # evaluate, sample, save
         evaluates = step % s.eval_every == 0 or step == steps or step in snapshots
-        if device.type == "cuda" and (evaluates or step in sampled):
-            torch.cuda.synchronize()  # what is still in the queue is training; before a save, .item() below has waited
+        if device.type != "cpu" and (evaluates or step in sampled):
+            torch.accelerator.synchronize()  # or queued training counts as pause; before a save .item() has waited
         pause = time.time()
-        if fresh:
+        if pending:
             if evaluates:
                 losses, shown = evaluation()
                 ranks.say(f"step {step:>6}  validation  {shown}")
@@ -319,9 +323,8 @@ def main(argv=None):
                     break
                 record.log_evaluation(step, losses)
             if step in sampled and (ranks.first or s.fsdp):
-                ids = tokenizer.encode([prompt])[0].tolist()
                 with eagerly(compiled):
-                    ids += model.generate(module, ids, 160, temperature=0.8, top_p=0.95, seed=1)
+                    ids = [*prompt, *model.generate(module, prompt, 160, temperature=0.8, top_p=0.95, seed=1)]
                 record.log_sample(step, steps, tokenizer.decode(ids))
             try:
                 if step and step in snapshots:
@@ -338,10 +341,11 @@ def main(argv=None):
                 ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
         if step == steps or code:
             break
-        fresh = True
+        pending = True
         record.last_time += time.time() - pause  # tokens per second are those of training
 
-        lr, loss_sum, routing, norm = update(step)
+        lr = rate(step, steps, s)
+        loss_sum, routing, norm = update(lr)
         step += 1
         if mask:
             mask.open(step)
