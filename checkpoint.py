@@ -10,9 +10,7 @@ name. Nothing in a folder is executed, and its index cannot name a file outside 
     run.json             where the weights come from, the `lineage`, and the counts of parameters
     trainer.pt           what `train.py --resume` needs
 
-Names. Inside the program a tensor is called as Qwen calls it: `model.layers.0.mlp.experts.3.up_proj.weight`. Mixtral
-has other words for the same things (`SPELLING`); they are translated where a file is read or written. A module keeps
-all experts of a layer in two tensors: `unpack` and `packed` go between those and the names.
+A module has one tensor for all experts of a layer, a file one for each matrix of each expert: names.py translates.
 
 The lineage is a list such as [{"step": "source", "name": "Qwen/Qwen3-0.6B", "tokens": None}, {"step": "upcycle", ...},
 {"step": "train", "tokens": ..., "flops": ..., "seed": ..., "data": {...}, "settings": {...}}]. settings.py reads it for
@@ -23,73 +21,21 @@ each of these holds the number of its training step. Where the numbers differ `l
 `train.py --resume` goes on from trainer.pt, whose renaming is the commit.
 """
 
-import json
 import math
-import os
 import re
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configuration import from_public, public_config
+from files import read_json, replacing, write_json
 from model import Transformer
+from names import packed, spelled, unpack
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path):
-    """Gives the path of a new file beside `path` and renames it into place at the end: readers, and a machine after a
-    power cut, see the old file or the new one, never half of one."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        yield beside
-        with open(beside, "rb+") as f:
-            os.fsync(f.fileno())
-        if os.name == "posix":  # safetensors writes for the owner alone
-            os.umask(mask := os.umask(0))
-            with suppress(OSError):  # a Windows disk under WSL has no such bits
-                os.chmod(beside, 0o666 & ~mask)
-        rename(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def rename(old, new):
-    """Renames a file or folder, and waits until the disk knows of it: without that a power cut can undo it."""
-    os.replace(old, new)
-    with suppress(OSError):  # Windows opens no folders
-        folder = os.open(Path(new).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path, value):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        adapter = Path(path).with_name("adapter_config.json").exists()
-        right = "the folder holds a LoRA adapter: merge it into its base" if adapter else "a checkpoint folder holds it"
-        raise FileNotFoundError(f"{path} does not exist ({right})") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error} (a JSON file)") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
+# ---- the folder -----------------------------------------------------------------------------------------------------
 
 
 def find(name):
@@ -114,65 +60,6 @@ def read_config(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder (a checkpoint folder, with config.json in it)")
     return from_public(read_json(folder / "config.json"), folder / "config.json")
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-SPELLING = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's
-
-
-def spelled(config, name):
-    """A tensor's name in the files of a model of `config`."""
-    if config.experts and not config.qk_norm and ".mlp." in name:
-        for ours, theirs in SPELLING.items():
-            name = name.replace(ours, theirs)
-    return name
-
-
-def unpack(config, state):
-    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out. A layer's experts are
-    gate_up_proj (E, 2 F, D), the gate above the up, and down_proj (E, D, F), counted after the cut by granularity."""
-    for name, t in state.items():
-        layer, _, matrix = name.partition(".experts.")
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if not matrix:
-            yield name, t
-            continue
-        for e, expert in enumerate(t):
-            parts = zip(("gate_proj", "up_proj"), expert.chunk(2)) if matrix == "gate_up_proj" else [(matrix, expert)]
-            for which, part in parts:
-                yield f"{layer}.experts.{e}.{which}.weight", part
-
-
-def packed(config, name, shape, read):
-    """The inverse of unpack, for one tensor of a state dict. read(name): the tensor of that name, of one expert."""
-    names = [n for n, _ in unpack(config, {name: torch.empty(shape, device="meta")})]  # in order; no numbers are made
-    parts = [read(n) for n in names]
-    if name.endswith("gate_up_proj"):
-        parts = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2])]
-    return torch.stack(parts) if ".experts." in name else parts[0]
-
-
-class Place(NamedTuple):
-    """Where a tensor stands in the model: `place("model.layers.2.mlp.experts.5.up_proj.weight")` is (2, 5, "up_proj",
-    "weight"). layer and expert are None outside the layers and the experts; the router is the matrix "gate"."""
-
-    layer: int | None
-    expert: int | None
-    matrix: str
-    kind: str  # weight or bias
-
-
-def place(name):
-    *path, matrix, kind = name.split(".")
-    number = lambda word: int(path[path.index(word) + 1]) if word in path else None
-    return Place(number("layers"), number("experts"), matrix, kind)
-
-
-def at_layer(name, layer):
-    """The same tensor's name in another layer."""
-    return re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", name)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -214,21 +101,24 @@ def tensor_files(folder):
     return files
 
 
-def locate(folder, config):
-    """({name: (file, name in it, index into that)} of the tensors that Config `config` asks for, and a dtype for all).
+def reader(folder, config):
+    """(a function that reads the tensor of a name from a checkpoint folder of Config `config`, their widest dtype).
 
     Reads headers alone (and of a tied model a head that lies in the file all the same, to compare it). Raises
     FileNotFoundError or ValueError where a tensor is missing, left over, torn, or of another shape or dtype."""
     with torch.device("meta"):  # shapes without numbers
         state = Transformer(config).state_dict()
     files, wanted = tensor_files(folder), {}
-    # A tensor may lie in the files under its public name, under ours, or as a slice of the layer's whole expert tensor.
+    # A tensor may lie in the files under its public name, under ours (the router beside a whole expert tensor of
+    # Mixtral), or as a slice of that expert tensor.
     for whole, t in state.items():
         for i, (name, part) in enumerate(unpack(config, {whole: t})):
             ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}  # name in the file: shape, index
-            if ".experts." in whole:  # transformers 5 can keep a layer's experts in one tensor, as a module does
-                half = slice(i % 2 * len(part), (i % 2 + 1) * len(part))  # expert 0's gate, its up, expert 1's gate ...
-                ways[whole] = (t.shape, (i,) if whole.endswith("down_proj") else (i // 2, half))
+            if whole.endswith("experts.down_proj"):  # transformers 5 can keep a layer's experts as a module does
+                ways[whole] = (t.shape, (i,))
+            elif whole.endswith("experts.gate_up_proj"):  # expert 0's gate, its up, expert 1's gate ...
+                expert, up = divmod(i, 2)
+                ways[whole] = (t.shape, (expert, slice(up * len(part), (up + 1) * len(part))))
             stored = next((way for way in ways if way in files), spelled(config, name))
             wanted[name] = stored, *ways[stored]
     shapes = {stored: tuple(shape) for stored, shape, _ in wanted.values()}
@@ -250,23 +140,20 @@ def locate(folder, config):
                 dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
     if config.tie_word_embeddings and "lm_head.weight" in files:
         both = ("lm_head.weight", "model.embed_tokens.weight")
-        if not torch.equal(*(read_tensor((files[name], name, ())) for name in both)):
+        if not torch.equal(*(read_tensor(files[name], name) for name in both)):
             raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
                              "(tie_word_embeddings false keeps both)")  # fmt: skip
-    return {name: (files[stored], stored, index) for name, (stored, _, index) in wanted.items()}, dtype
+
+    def read(name):
+        stored, _, index = wanted[name]
+        return read_tensor(files[stored], stored, index)
+
+    return read, dtype
 
 
-def read_tensor(where):
-    """The tensor at an entry of `locate`."""
-    path, name, index = where
+def read_tensor(path, name, index=()):
     with opened(path) as f:
         return f.get_slice(name)[index] if index else f.get_tensor(name)
-
-
-def reader(folder, config):
-    """(a function that reads the tensor of a name from a checkpoint folder, their widest dtype). Raises as `locate`."""
-    found, stored = locate(folder, config)
-    return lambda name: read_tensor(found[name]), stored
 
 
 def load(folder, dtype=torch.float32):
@@ -301,7 +188,8 @@ def build(config, value, dtype=torch.float32, shard=None):
             empty.to_local().copy_(mine.to_local())
         else:
             state[name] = whole
-    module.load_state_dict(state, assign=True, strict=False)  # nothing with shard: its parts are filled
+    if not shard:
+        module.load_state_dict(state, assign=True, strict=False)  # of a tied model the head is missing
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     return module
@@ -394,7 +282,7 @@ def check_whole(folder):
         steps.add(str(run["step"]))
         if (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as f:
-                steps.add((f.metadata() or {}).get("step", str(run["step"])))
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # none: counts as the same
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:

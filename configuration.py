@@ -20,12 +20,13 @@ KINDS = {  # model_type: keys that a configuration may leave out, and what its p
                   head_dim=128),
     "mixtral": dict(max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8,
                     num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001, bos_token_id=1,
-                    eos_token_id=2),
+                    eos_token_id=2, granularity=1),
     "qwen3_moe": dict(max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e4, num_key_value_heads=4,
-                      num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False),
+                      num_experts=128, num_experts_per_tok=8, router_aux_loss_coef=0.001, norm_topk_prob=False,
+                      granularity=1),
 }  # fmt: skip
 FRACTIONS = "rms_norm_eps", "rope_theta", "router_aux_loss_coef"  # other numbers are whole
-# By norm_topk_prob: a softmax over all whose chosen scores are made to sum to one is a softmax over the chosen logits.
+# By norm_topk_prob. If it is true, scores are divided by the sum of the chosen: a softmax over the chosen logits.
 ROUTER = {True: "topk-softmax", False: "softmax-topk"}
 
 
@@ -91,14 +92,17 @@ def from_public(h, path):
         eos_token_id=h.get("eos_token_id"),
     )
     if kind in ("mixtral", "qwen3_moe"):
-        G = config.granularity = h.get("granularity", 1)  # the file counts the G narrow parts of an expert as experts
+        G = config.granularity = need("granularity")  # the file counts the G narrow parts of an expert as experts
         experts, chosen = need("num_local_experts", "num_experts"), need("num_experts_per_tok")
-        if experts % G or chosen % G:
+        if G < 1 or experts % G or chosen % G:
             refuse(f"granularity {G} does not divide {experts} experts and {chosen} a token")
         config.experts, config.top_k, config.intermediate_size = experts // G, chosen // G, config.intermediate_size * G
         config.router = ROUTER[kind == "mixtral" or bool(h["norm_topk_prob"])]
         config.balance_coef = need("router_aux_loss_coef") * chosen  # ours is a mean over choices, the public one a sum
-    config.check()
+    try:
+        config.check()
+    except ValueError as wrong:
+        refuse(wrong)
     return config
 
 

@@ -67,7 +67,7 @@ from safetensors import SafetensorError
 
 import checkpoint
 import model
-from checkpoint import at_layer, place
+from names import at_layer, place
 from operators import SHARD_SIZE, Operator, apply_to_folder, apply_to_module
 from tables import Parser
 
@@ -277,7 +277,7 @@ def grow_folder(source, target, axis, operator, factor, layers, seed, source_tok
     source = checkpoint.find(source)
     small = checkpoint.read_config(source)
     how = growth(small, axis, operator, factor, layers, seed)
-    _, stored = checkpoint.locate(source, small)
+    _, stored = checkpoint.reader(source, small)
     dtype, _ = apply_to_folder(source, target, how, source_tokens, shard_size)
     return describe(target, how.config, how.entry, stored, dtype)
 

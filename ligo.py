@@ -60,7 +60,7 @@ import data
 import grow
 import model
 import operators
-from checkpoint import packed, place, unpack
+from names import packed, place, unpack
 from tokenizer import load_tokenizer
 
 LEARN_RATE = 2e-3
@@ -168,7 +168,7 @@ def learn_folder(source, target, axis, factor, layers, seed, spec, steps, batch_
     config = checkpoint.read_config(source)
     entry = grow.lineage_step(config, operator="learn", **how)
     grown = grow.grown_config(config, entry)
-    (_, stored), (known, lineage) = checkpoint.locate(source, config), checkpoint.read_lineage(source, source_tokens)
+    (_, stored), (known, lineage) = checkpoint.reader(source, config), checkpoint.read_lineage(source, source_tokens)
     if os.path.lexists(target):  # asked again when it is written; but learning takes a while
         raise ValueError(f"{target} exists (another name; nothing is overwritten)")
     small, tokenizer = checkpoint.load(source), load_tokenizer(str(source))

@@ -36,8 +36,8 @@ from operator import attrgetter
 import torch
 
 import model
-from checkpoint import at_layer, place, unpack
 from grow import is_added, random_numbers, role
+from names import at_layer, place, unpack
 
 
 class Mask:

@@ -28,8 +28,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import build, packed, spelled, unpack
+from checkpoint import build
+from files import rename, write_json
 from model import Config, Transformer
+from names import packed, spelled, unpack
 
 SHARD_SIZE = 5e9  # bytes
 
@@ -114,12 +116,12 @@ def write_folder(source, target, config, dtype, made, run, shard_size=SHARD_SIZE
                 write_shard(partial / file, config, shard, dtype, made, bar)
         for path in copied:
             shutil.copyfile(path, partial / path.name)
-        checkpoint.write_json(partial / "run.json", {**run, **module.num_parameters()})
+        write_json(partial / "run.json", {**run, **module.num_parameters()})
         if len(shards) > 1:
             meta = {"total_size": total}
-            checkpoint.write_json(partial / "model.safetensors.index.json", {"metadata": meta, "weight_map": index})
-        checkpoint.write_json(partial / "config.json", checkpoint.public_config(config, dtype))
-        checkpoint.rename(partial, target)
+            write_json(partial / "model.safetensors.index.json", {"metadata": meta, "weight_map": index})
+        write_json(partial / "config.json", checkpoint.public_config(config, dtype))
+        rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return total

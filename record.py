@@ -21,6 +21,7 @@ import torch
 import checkpoint
 import data
 import runs
+from files import rename, replacing, write_json
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets. The first key found in the device's name counts.
 PEAKS = {
@@ -171,8 +172,8 @@ class Record:
             "seconds": now["seconds"], "lr": self.optimizers[0].param_groups[0]["lr"], "ranks": self.ranks.world,
         }  # fmt: skip
         checkpoint.save(self.module, folder, tokenizer, effective, step)
-        checkpoint.write_json(folder / "run.json", run)
-        with checkpoint.replacing(folder / "trainer.pt") as beside:
+        write_json(folder / "run.json", run)
+        with replacing(folder / "trainer.pt") as beside:
             torch.save(state, beside)
 
     def snapshot(self, step, finished):
@@ -187,7 +188,7 @@ class Record:
         self.save(partial, step, finished)
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
-            checkpoint.rename(partial, target)
+            rename(partial, target)
 
     def summarise(self, losses):
         """The last lines in the terminal, and the run's plot. losses: of the last evaluation, {corpus: nats}."""

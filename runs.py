@@ -17,16 +17,12 @@ two runs need to the same loss, those of their ancestors included: a grown model
 
 import csv
 import json
-import signal
 import sys
 from pathlib import Path
 from shlex import quote
 from statistics import fmean, stdev
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads: no traceback
-
-from checkpoint import read_json, replacing
+from files import read_json, replacing
 from tables import DAMAGE, Commands, column, number, read_csv, show, whole
 
 # ----------------------------------------------------------------------------------------------------------------------

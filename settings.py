@@ -38,7 +38,7 @@ import grow
 import horizon
 import model
 import upcycle
-from checkpoint import last_settings, locate, read_config, read_lineage, read_trainer
+from checkpoint import last_settings, read_config, read_lineage, read_trainer, reader
 from tables import Parser
 from tokenizer import load_tokenizer
 
@@ -268,7 +268,7 @@ def read_parent(kind, args):
     folder = checkpoint.find(args.init or args.branch)
     config = read_config(folder)
     state = read_trainer(folder) if kind == "branch" else None
-    locate(folder, config)  # headers only: what is missing or torn is said now
+    reader(folder, config)  # headers only: what is missing or torn is said now
     named, lineage = read_lineage(folder, args.source_tokens)
     return folder, config, lineage, state, named
 

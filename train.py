@@ -58,6 +58,7 @@ import muon
 import operators
 import settings
 from mask import Mask
+from names import packed
 from ranks import Ranks, Signals
 from record import Record
 
@@ -75,7 +76,7 @@ def build(start, ranks):
         read, _ = checkpoint.reader(folder, checkpoint.read_config(folder))
         for operator in start.operators:
             read = operators.through(operator, read, torch.float32)
-        value = lambda name, shape: checkpoint.packed(config, name, shape, read)
+        value = lambda name, shape: packed(config, name, shape, read)
     else:
         value = lambda name, shape: model.initial(config, name, shape, s.seed)
     module = checkpoint.build(config, value, shard=ranks.shard if s.fsdp else None)

@@ -62,6 +62,7 @@ import model
 import moe
 import operators
 from model import Config
+from names import place
 from tables import Parser
 
 # As in moe.py, E = experts * G and K = top_k * G count experts after the cut; the names experts, top_k and
@@ -264,7 +265,7 @@ def operator(config, experts, top_k, **options):
 
     def formula(name):
         """([names of the old tensors], a function of them that gives the new tensor `name`)."""
-        layer, i, matrix, kind = checkpoint.place(name)
+        layer, i, matrix, kind = place(name)
         match kind, matrix, i:
             case "weight", "gate", None:
                 return [name] if r.source.experts else [], lambda *w: router(layer, r, *w)

@@ -124,6 +124,14 @@ def test_a_broken_folder_is_refused_by_name(case, tmp_path):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("granularity, words", [(0, "does not divide"), ("2", "whole number"), (3, "does not divide")])
+def test_a_granularity_that_cannot_be_is_refused_by_the_name_of_its_file(granularity, words, tmp_path):
+    checkpoint.save(make("mixtral, granularity 2"), tmp_path)
+    edit(tmp_path, granularity=granularity)
+    with pytest.raises(ValueError, match=f"config.json: granularity.*{words}"):
+        checkpoint.read_config(tmp_path)
+
+
 def test_a_sliding_window_that_is_switched_off_is_none(tmp_path):
     checkpoint.save(make("qwen3"), tmp_path)
     edit(tmp_path, sliding_window=4096, use_sliding_window=False, max_window_layers=2)

@@ -152,3 +152,9 @@ def test_mixture_starts_with_the_output_variance_of_the_dense_layer(router, K, G
 
 
 # ---- broken folders -------------------------------------------------------------------------------------------------
+
+
+def test_apples_gpu_is_taken_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model.pick_device("auto").type == "cpu" and model.pick_device("mps").type == "mps"

@@ -226,6 +226,11 @@ def test_evaluations_cost_a_small_part_of_a_run_of_any_length(steps, evaluations
     assert min(steps, 5) <= len({*range(save, steps, save), steps}) <= 10
 
 
+def test_a_small_model_under_adamw_gets_a_rate_of_six_thousandths_at_most():
+    assert horizon.auto_lr("adamw", 3e4, 1e6, 500) == 0.006
+    assert horizon.auto_lr("adamw", 1e8, 1e9, 500) == pytest.approx(1.79 / 4 * 1e8**-0.713 * 1e9**0.307, rel=0.01)
+
+
 def test_the_automatic_rate_of_a_run_that_goes_on_falls_with_its_share_of_the_whole_way():
     def rate(steps, *tokens):
         return horizon.continued_lr("muon", 1e6, 2048, steps, [{"step": "train", "tokens": t} for t in tokens])

@@ -662,6 +662,7 @@ BAD = {
     "warmup beyond the run": ("--tokens 20480 --warmup 11", "--warmup 11 is beyond the run's 10 steps"),
     "snapshot beyond the run": ("--tokens 1e5 --save-at 2e5", "200,000"),
     "snapshot before the first step": ("--tokens 1e5 --save-at 0", "--save-at 0"),
+    "one snapshot of two before the first step": ("--tokens 1e5 --save-at 1,5e4", "--save-at 1 is"),
     "zero layers": ("--num-hidden-layers 0", "num_hidden_layers"),
     "abbreviated flag": ("--hidden 64", "--hidden"),
     "unknown optimizer": ("--optimizer sgd", "sgd"),
