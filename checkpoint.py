@@ -45,9 +45,10 @@ def find(name):
         return Path(name)
     import huggingface_hub
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "vocab.*", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    wanted = ["*.safetensors", "*.json", "tokenizer*", "vocab.*", "merges.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    twice = ["consolidated*", "original/*"]  # the same weights in Mistral's and Meta's own format
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=twice))
     except Exception as error:  # no network, no such model, no right to it: many kinds
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         right = "a folder, or the name of a public model and, the first time, a network"
@@ -104,13 +105,13 @@ def tensor_files(folder):
 def reader(folder, config):
     """(a function that reads the tensor of a name from a checkpoint folder of Config `config`, their widest dtype).
 
-    Reads headers alone (and of a tied model a head that lies in the file all the same, to compare it). Raises
+    Reads only headers; the head of a tied model, if it is stored all the same, is compared with the embedding. Raises
     FileNotFoundError or ValueError where a tensor is missing, left over, torn, or of another shape or dtype."""
     with torch.device("meta"):  # shapes without numbers
         state = Transformer(config).state_dict()
     files, wanted = tensor_files(folder), {}
-    # A tensor may lie in the files under its public name, under ours (the router beside a whole expert tensor of
-    # Mixtral), or as a slice of that expert tensor.
+    # A file may hold a tensor under its public name, under ours (Mixtral's router, if experts are whole), or as a slice
+    # of a whole expert tensor.
     for whole, t in state.items():
         for i, (name, part) in enumerate(unpack(config, {whole: t})):
             ways = {spelled(config, name): (part.shape, ()), name: (part.shape, ())}  # name in the file: shape, index
@@ -140,7 +141,7 @@ def reader(folder, config):
                 dtype = torch.promote_types(dtype or DTYPES[kind], DTYPES[kind])
     if config.tie_word_embeddings and "lm_head.weight" in files:
         both = ("lm_head.weight", "model.embed_tokens.weight")
-        if not torch.equal(*(read_tensor(files[name], name) for name in both)):
+        if not torch.equal(*(read_tensor(files[name], name).to(dtype) for name in both)):
             raise ValueError(f"{folder}: its lm_head.weight is not its embedding, though config.json ties the two "
                              "(tie_word_embeddings false keeps both)")  # fmt: skip
 
@@ -171,7 +172,7 @@ def build(config, value, dtype=torch.float32, shard=None):
     """The module of Config `config` in which the tensor `name` of its state dict is value(name, shape).
 
     shard(module): called while the module is empty, to spread its parameters over the ranks. Then each tensor goes to
-    its shards before the next one is made: no rank ever holds more than one of them whole."""
+    its shards before the next one is made: no rank ever holds the model whole."""
     with torch.device("meta"):
         module, state = Transformer(config).to(dtype), {}
     if shard:
@@ -282,7 +283,7 @@ def check_whole(folder):
         steps.add(str(run["step"]))
         if (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as f:
-                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # none: counts as the same
+                steps.add((f.metadata() or {}).get("step", str(run["step"])))  # no step: passes
         if (folder / "trainer.pt").exists():
             steps.add(str(read_trainer(folder)["step"]))
     if len(steps) > 1:

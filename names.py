@@ -25,8 +25,8 @@ def spelled(config, name):
 
 
 def unpack(config, state):
-    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out. A layer's experts are
-    gate_up_proj (E, 2 F, D), the gate above the up, and down_proj (E, D, F), counted after the cut by granularity."""
+    """Yields (name, tensor) of a state dict: experts one by one, as views; a tied head left out. gate_up_proj is (E, 2
+    F, D), rows of the gate first, then those of up; down_proj is (E, D, F). E and F: after the cut by granularity."""
     for name, t in state.items():
         layer, _, matrix = name.partition(".experts.")
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -265,6 +265,8 @@ def test_a_tied_configuration_beside_another_head_is_refused_and_beside_the_same
 
     write(embedding.clone())
     checkpoint.load(tmp_path)
+    write(embedding.double())
+    checkpoint.load(tmp_path)
     write(embedding + 1)
     with pytest.raises(ValueError, match=r"lm_head.weight is not its embedding.*\(tie_word_embeddings false"):
         checkpoint.load(tmp_path)
@@ -300,6 +302,24 @@ def test_a_public_name_is_found_in_the_hubs_own_cache(tmp_path, monkeypatch):
     folder = checkpoint.find("org/small-1.5B")
     assert folder == snapshot and checkpoint.load(folder).config.qkv_bias
     assert checkpoint.read_lineage(folder)[1] == [{"step": "source", "name": "org/small-1.5B", "tokens": None}]
+
+
+def test_no_weights_are_fetched_twice(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    theirs = ["README.md", "config.json", "consolidated.safetensors", "model-00001-of-00002.safetensors", "params.json",
+              "model.safetensors.index.json", "original/consolidated.00.pth", "original/params.json", "tokenizer.json",
+              "tokenizer.model.v3", "LICENSE.txt", "model.gguf"]  # fmt: skip
+
+    def snapshot_download(name, **patterns):
+        fetched.extend(filter_repo_objects(theirs, **patterns))
+        return tmp_path
+
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert checkpoint.find("org/some") == tmp_path
+    assert set(theirs) - set(fetched) == {"README.md", "consolidated.safetensors", "original/consolidated.00.pth",
+                                          "original/params.json", "model.gguf"}  # fmt: skip
 
 
 def test_a_name_that_is_nowhere_is_one_clear_line(tmp_path, monkeypatch):
