@@ -1,6 +1,6 @@
 """Muon against AdamW, each at its best rate: loss at equal tokens and at equal seconds, and what a step costs.
 
-    python experiments/optimizers.py run [--seeds 1 2 3] [--share 1/2]     # about 2.5 core-hours; a second call goes on
+    python experiments/optimizers.py run [--seeds 1 2 3] [--share 1/2]     # about 2 core-hours; a second call goes on
     python experiments/optimizers.py speed                                 # on a quiet machine: seconds a step, in turn
     python experiments/optimizers.py show                                  # the tables
 
