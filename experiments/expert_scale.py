@@ -5,7 +5,7 @@
 
 `moe.output_scale` = s multiplies the initial down_proj, so that the layer's output begins with the variance of the
 dense layer's. Four ways: that, or 1 in the place of s; and the usual update of down_proj, or s times it (with the same
-decay). 8 experts in 3 layers of 64, 2,048 tokens a step, half a million tokens, Muon at the rate of `--lr auto`.
+decay). 8 experts in 3 layers of 64, 2,048 tokens a step, the rate of `--lr auto`.
 """
 
 import csv
@@ -17,21 +17,25 @@ sys.path.insert(0, str(ROOT))
 
 SHAPE = ("--hidden-size", "64", "--num-hidden-layers", "3", "--num-attention-heads", "4")
 TABLE = ROOT / "experiments/expert_scale.csv"
-CASES = [  # router, top_k, granularity
-    ("topk-softmax", 2, 1), ("topk-softmax", 2, 4), ("softmax-topk", 1, 1), ("softmax-topk", 2, 4),
-    ("topk-softmax", 1, 4), ("softmax-topk", 1, 4), ("softmax-topk", 2, 1),
-]  # fmt: skip
 WAYS = {"s, 1": (1, 0), "1, 1": (0, 0), "s, s": (1, 1), "1, s": (0, 1)}  # initial scale, update: powers of s
+START = [*WAYS][:2]
+COLUMNS = ("optimizer", "tokens", "router", "top_k", "granularity")
+CASES = [  # and the ways that are tried
+    ("muon", M // 2, "topk-softmax", 2, 1, WAYS), ("muon", M // 2, "topk-softmax", 2, 4, WAYS),
+    ("muon", 2 * M, "topk-softmax", 2, 1, START), ("adamw", M // 2, "topk-softmax", 2, 1, START),
+    ("muon", M // 2, "softmax-topk", 1, 1, WAYS), ("muon", M // 2, "softmax-topk", 2, 4, WAYS),
+    ("muon", M // 2, "topk-softmax", 1, 4, WAYS), ("muon", M // 2, "softmax-topk", 1, 4, WAYS),
+    ("muon", M // 2, "softmax-topk", 2, 1, WAYS), ("adamw", M // 2, "topk-softmax", 2, 4, START),
+]  # fmt: skip
 
 
 def flags(row):
-    given = [*SHAPE, "--experts", 8, "--tokens", M // 2, "--seed", row["seed"]]
-    return [*given, "--router", row["router"], "--top-k", row["top_k"], "--granularity", row["granularity"]]
+    given = [*SHAPE, "--experts", 8, "--seed", row["seed"]]
+    return given + [text for name in COLUMNS for text in (f"--{name.replace('_', '-')}", row[name])]
 
 
 def run(seed, out):
-    columns = ("router", "top_k", "granularity", "seed", "way")
-    rows = [dict(zip(columns, (*case, seed, way))) for case in CASES for way in WAYS]
+    rows = [dict(zip(COLUMNS, case)) | {"seed": seed, "way": way} for *case, ways in CASES for way in ways]
     grid(TABLE, out / "expert_scale", rows, flags, lambda row: [__file__, "one", *map(str, WAYS[row["way"]])])
 
 
@@ -59,10 +63,11 @@ def one(initial, update, *flags):
 
 def show():
     rows = list(csv.DictReader(open(TABLE)))
-    losses = {(r["router"], r["top_k"], r["granularity"], r["way"], r["seed"]): float(r["loss"]) for r in rows}
-    print("| router | K | G | as it is | " + " | ".join(f"{way}, less that" for way in list(WAYS)[1:]) + " |")
-    print("|" + "---|" * (3 + len(WAYS)))
-    for case in CASES:
+    losses = {(*(r[name] for name in (*COLUMNS, "way", "seed")),): float(r["loss"]) for r in rows}
+    ways = " | ".join(f"{way}, less that" for way in list(WAYS)[1:])
+    print(f"| optimizer | tokens | router | K | G | s, 1 | {ways} |")
+    print("|" + "---|" * (5 + len(WAYS)))
+    for *case, _ in CASES:
         key = tuple(map(str, case))
         mine = {seed: loss for (*k, way, seed), loss in losses.items() if tuple(k) == key and way == "s, 1"}
         cells = []
