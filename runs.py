@@ -17,10 +17,14 @@ two runs need to the same loss, those of their ancestors included: a grown model
 
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 from shlex import quote
 from statistics import fmean, stdev
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
 
 from files import read_json, replacing
 from tables import DAMAGE, Commands, column, number, read_csv, show, whole

@@ -151,7 +151,7 @@ def test_mixture_starts_with_the_output_variance_of_the_dense_layer(router, K, G
     assert 0.8 < ratio < 1.2
 
 
-# ---- broken folders -------------------------------------------------------------------------------------------------
+# ---- devices --------------------------------------------------------------------------------------------------------
 
 
 def test_apples_gpu_is_taken_only_if_asked_for(monkeypatch):
