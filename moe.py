@@ -272,10 +272,10 @@ def reference(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
 def loop(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     """`reference` for a CPU; takes and returns the same. On an accelerator it waits once, for the group sizes.
 
-    In 16 bits a CPU compiles its products anew for every number of rows. So groups are padded to multiples of 1/32 of
-    their mean: a few sizes, for 2 % more rows."""
+    In 16 bits a CPU compiles its products anew for every number of rows. So groups are padded to multiples of 8, or of
+    1/32 of their mean if that is more: a few sizes, for a few rows more."""
     (T, K), dtype = score_TK.shape, x_TD.dtype
-    multiple = math.ceil(T * K / len(gate_up_EHD) / 32) if dtype.itemsize == 2 else 1
+    multiple = max(8, T * K // len(gate_up_EHD) // 32) if dtype.itemsize == 2 else 1
     order_P = expert_TK.reshape(-1).argsort(stable=True)  # pairs p = t K + k in the order of their experts
     groups = order_P.split(count(expert_TK, len(gate_up_EHD)).tolist())
     groups = [F.pad(pair_R, (0, -len(pair_R) % multiple), value=T * K) for pair_R in groups]  # pair T K: score 0

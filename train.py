@@ -51,6 +51,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import checkpoint
+import cpu
 import data
 import horizon
 import model
@@ -213,6 +214,8 @@ def main(argv=None):
         ranks.say(f"{s.out} is finished: {state['step']} steps (more: {more})")
         return 0
     device = ranks.join(device, s.fsdp)
+    if device.type == "cpu":
+        cpu.keep_memory()
     if s.dtype == "auto":
         s.dtype = "bfloat16" if horizon.fast_bf16(device) else "float32"
     autocast = torch.autocast(device.type, torch.bfloat16) if s.dtype == "bfloat16" else nullcontext()

@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cpu  # noqa: E402
 import moe  # noqa: E402
 
 SHAPES = [  # experts, top_k, granularity, router
@@ -169,6 +170,7 @@ def main():
             moe.check(args.hidden_size, args.intermediate_size, E, K, G, router, None)
         except ValueError as wrong:
             parser.error(str(wrong))
+    cpu.keep_memory()  # as train.py does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() + ", compiled" if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{name}, torch {torch.__version__}, {'bfloat16 autocast' if args.autocast else 'bfloat16 weights'}, "

@@ -21,6 +21,7 @@ import torch
 from nanogpt import GPT
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cpu
 import data
 import model
 
@@ -63,6 +64,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15, help="steps of each, in turn (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of the products (default: both)")
     args = parser.parse_args()
+    cpu.keep_memory()  # as train.py does, for both
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {args.rounds} rounds, in turn")
     print(f"{'hidden/MLP x layers, heads, context x windows':<46} {'dtype':<9} {'QK-norm':<8}"
           f" {'nanoGPT':>9} {'ours':>9} {'GFLOP/s':>9} {'GFLOP/s':>9} {'ratio':>6} {'to its fp32':>11}")  # fmt: skip

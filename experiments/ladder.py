@@ -96,6 +96,7 @@ def stepper(flags, device="cpu"):
     sys.path.insert(0, str(ROOT))
     import torch
 
+    import cpu
     import horizon
     import settings
     import train as trainer
@@ -103,6 +104,7 @@ def stepper(flags, device="cpu"):
 
     ranks = Ranks()
     device = ranks.join(torch.device(device), fsdp=False)
+    cpu.keep_memory()
     start = settings.settle(*settings.read_flags(settings.get_parser(), [*flags, "--out", "out/not-made"]), 1)
     s, module = start.settings, trainer.build(start, ranks)
     s.dtype = "bfloat16" if horizon.fast_bf16(device) else "float32"

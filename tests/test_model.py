@@ -1,6 +1,9 @@
 """The transformer against itself, against torch, and against counts by hand."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +78,23 @@ def test_gradients_by_hand_are_those_of_differences():
     q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     assert torch.autograd.gradcheck(lambda x, gain: cpu.RMSNorm.apply(x, gain, 1e-5), (x, gain))
     assert torch.autograd.gradcheck(lambda q, k, v: cpu.Attention.apply(q, k, v, 2), (q, k, v))
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    program = """
+import resource, cpu, torch
+faults = []
+cpu.keep_memory()
+for step in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**23) for _ in range(4)]  # 32 MiB each: 8,192 pages
+    del tensors
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[-2:]))
+"""
+    root = Path(model.__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    assert int(done.stdout) < 100
 
 
 def test_rotation_turns_a_pair_by_its_position():
