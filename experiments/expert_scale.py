@@ -26,11 +26,12 @@ CASES = [  # and the ways that are tried
     ("muon", M // 2, "softmax-topk", 1, 1, WAYS), ("muon", M // 2, "softmax-topk", 2, 4, WAYS),
     ("muon", M // 2, "topk-softmax", 1, 4, WAYS), ("muon", M // 2, "softmax-topk", 1, 4, WAYS),
     ("muon", M // 2, "softmax-topk", 2, 1, WAYS), ("adamw", M // 2, "topk-softmax", 2, 4, START),
+    ("muon", 2 * M, "topk-softmax", 2, 4, [*START, "1, s"]), ("muon", 2 * M, "softmax-topk", 1, 1, START),
 ]  # fmt: skip
 
 
 def flags(row):
-    given = [*SHAPE, "--experts", 8, "--seed", row["seed"]]
+    given = [*SHAPE, "--experts", 8, "--dtype", "float32", "--seed", row["seed"]]  # on every machine
     return given + [text for name in COLUMNS for text in (f"--{name.replace('_', '-')}", row[name])]
 
 

@@ -17,12 +17,12 @@ from tables import Parser
 ROOT = Path(__file__).parent.parent
 
 
-SCRIPTS = ("train", "model", "upcycle", "grow", "ligo", "data", "laws", "plan")
+SCRIPTS = ("train", "model", "upcycle", "grow", "ligo", "data", "laws", "plan", "runs")
 
 
 @pytest.mark.parametrize("script", [f"{name}.py" for name in SCRIPTS])
 def test_ctrl_c_while_loading_ends_it_without_a_traceback(tmp_path, script):
-    for slow in ("torch", "numpy"):
+    for slow in ("argparse",) if script == "runs.py" else ("torch", "numpy"):
         (tmp_path / f"{slow}.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen([sys.executable, ROOT / script], env=os.environ | {"PYTHONPATH": str(tmp_path)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
