@@ -28,6 +28,7 @@ KINDS = {  # model_type: keys that a configuration may leave out, and what its p
 FRACTIONS = "rms_norm_eps", "rope_theta", "router_aux_loss_coef"  # other numbers are whole
 # By norm_topk_prob. If it is true, scores are divided by the sum of the chosen: a softmax over the chosen logits.
 ROUTER = {True: "topk-softmax", False: "softmax-topk"}
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 
 def from_public(h, path):
@@ -48,31 +49,22 @@ def from_public(h, path):
 
     if kind not in KINDS:
         refuse(f"model_type {kind!r} is not supported ({', '.join(KINDS)})")
-    h = KINDS[kind] | h
+    given, h = h, KINDS[kind] | ({"num_local_experts": h["num_experts"]} if "num_experts" in h else {}) | h
     for key, fine in dict(
         hidden_act=("silu", None), attention_bias=(False, None), mlp_bias=(False, None), quantization_config=(None,),
         partial_rotary_factor=(1, None), decoder_sparse_step=(1, None), mlp_only_layers=([], None),
-        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None),
+        shared_expert_intermediate_size=(0, None), n_shared_experts=(0, None), tie_word_embeddings=(False, True, None),
     ).items():  # fmt: skip
         if h.get(key) not in fine:
             refuse(f"{key} {h[key]!r} is not supported ({fine[0]!r} is)")
-    if h.get("sliding_window") is not None and h.get("use_sliding_window", not kind.startswith("qwen")):
-        refuse(f"sliding_window {h['sliding_window']} is not supported (null, or use_sliding_window false)")
+    switch = kind.startswith("qwen")  # only these have one
+    if h.get("sliding_window") is not None and (not switch or h.get("use_sliding_window")):
+        right = "null" + ", or use_sliding_window false" * switch
+        refuse(f"sliding_window {h['sliding_window']} is not supported ({right})")
     if any(t != "full_attention" for t in h.get("layer_types") or ()):
         refuse("layer_types other than full_attention are not supported")
 
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(h.get(name) or {}, dict):
-            refuse(f"{name} is {h[name]!r} (an object)")
-    rope = {**(h.get("rope_scaling") or {}), **(h.get("rope_parameters") or {})}
-    rope_type, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if rope_type == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if any(k not in rope for k in keys):
-            refuse(f"llama3 rope scaling needs {', '.join(keys)}")
-        scaling = {"rope_type": "llama3", **{k: rope[k] for k in keys}}
-    elif rope_type != "default":
-        refuse(f"rope type {rope_type!r} is not supported (default, llama3)")
+    rope = read_rope(given, refuse)
     config = Config(
         vocab_size=need("vocab_size"),
         hidden_size=need("hidden_size"),
@@ -83,9 +75,9 @@ def from_public(h, path):
         head_dim=h.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
         max_position_embeddings=need("max_position_embeddings"),
         rms_norm_eps=need("rms_norm_eps"),
-        rope_theta=float(rope.get("rope_theta") or need("rope_theta")),
-        rope_scaling=scaling,
-        tie_word_embeddings=h.get("tie_word_embeddings", False),
+        rope_theta=float(rope.get("rope_theta") or KINDS[kind]["rope_theta"]),
+        rope_scaling={k: rope[k] for k in ("rope_type", *LLAMA3)} if rope["rope_type"] == "llama3" else None,
+        tie_word_embeddings=bool(h.get("tie_word_embeddings")),
         qk_norm=kind.startswith("qwen3"),
         qkv_bias=kind == "qwen2",
         bos_token_id=h.get("bos_token_id"),
@@ -104,6 +96,33 @@ def from_public(h, path):
     except ValueError as wrong:
         refuse(wrong)
     return config
+
+
+def read_rope(h, refuse):
+    """{setting of the rotation: value}. They stand in up to three places of a configuration, and readers differ in
+    which they take: refused where two places disagree."""
+    rope = {}
+    for place in ("rope_theta", "rope_scaling", "rope_parameters"):
+        found = h.get(place)
+        found = {place: found} if place == "rope_theta" else found or {}
+        if not isinstance(found, dict):
+            refuse(f"{place} is {found!r} (an object)")
+        for key, value in found.items():
+            key = "rope_type" if key == "type" else key
+            if value is None or (key, value) == ("partial_rotary_factor", 1):
+                continue
+            if key not in ("rope_type", "rope_theta", *LLAMA3):
+                refuse(f"{key} in {place} is not supported")
+            if key != "rope_type" and (not isinstance(value, (int, float)) or not value > 0):
+                refuse(f"{key} is {value!r} (a number above 0)")
+            if rope.setdefault(key, value) != value:
+                refuse(f"{key} is {rope[key]!r} in one place and {value!r} in {place} (the same in both)")
+    kind = rope.setdefault("rope_type", "missing" if {*rope} & {*LLAMA3} else "default")
+    if kind not in ("default", "llama3"):
+        refuse(f"rope_type {kind!r} is not supported (default, llama3)")
+    if kind == "llama3" and not {*LLAMA3} <= {*rope}:
+        refuse(f"llama3 rope scaling needs {', '.join(LLAMA3)}")
+    return rope
 
 
 def public_config(config, dtype):

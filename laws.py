@@ -297,7 +297,7 @@ def read_table(path, the, blocks=None, where=()):
     # experts, experts a token, and what the loss is about, unless the law reads them
     kinds = [", ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K", "corpus") if name not in table)
              for r in rows]
-    for i, run in enumerate(zip(*table.values())):
+    for i, run in enumerate(zip(*table.values(), [r.get("seed") for r in rows])):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")

@@ -31,8 +31,8 @@ Try:
      --num-hidden-layers 24 the start is visibly slower. The residual stream grew with every block.
   2. Delete the line that rotates q and k: the causal mask alone still tells the model something of positions, but the
      loss ends higher.
-  3. Change rope_theta in config.json of a trained folder from 10000 to 1000000 and evaluate it again with
-     `python train.py --init FOLDER --tokens 0`: positions are part of the weights' meaning, and the loss jumps.
+  3. Change rope_theta from 10000 to 1000000 in config.json of a trained folder (it stands there twice, for old readers)
+     and evaluate with `python train.py --init FOLDER --tokens 0`: the weights rely on positions, and the loss jumps.
 """
 
 import hashlib

@@ -120,8 +120,10 @@ def share_done(last, N_active):
     settings, tokens = last.get("settings") or {}, last["tokens"]
     spent = {"tokens": tokens, "flops": last["flops"], "tokens_per_param": tokens / (N_active or 1)}
     shares = [done / number(settings[name]) for name, done in spent.items() if settings.get(name)]
-    if not shares or settings.get("schedule") == "constant":
+    if not shares:
         return 1.0
+    if settings.get("schedule") == "constant":
+        return float(tokens > 0)
     half_step = settings.get("batch_tokens", 0) / 2 / max(tokens, 1)  # a run ends at the whole step nearest to its plan
     return 1.0 if shares[0] * (1 + half_step) >= 1 else shares[0]
 
@@ -238,7 +240,8 @@ def run_table(args):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
         found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
-    runs, skipped = [], []
+    runs, skipped = [], [f"{f.parent} has no run.json: stopped before its first save" for folder in args.runs
+                         for f in sorted(Path(folder).rglob("log.csv")) if not (f.parent / "run.json").exists()]
     for folder in found.values():
         if not (folder / "eval.csv").is_file():  # e.g. upcycled and not trained since
             skipped.append(f"{folder} has no eval.csv")

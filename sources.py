@@ -1,12 +1,13 @@
 """Which text: a specification to sources, a source to files, a file to documents.
 
     specification  [name=]source[:weight],...         python       cpp:0.9,python:0.1       mine=notes/**/*.txt:1
-                   no weights: corpora count by size; weight 0: only evaluated
+                   no weights: corpora count by size; weight 0: its validation part is evaluated, nothing is trained
     sources        python     Python's standard library without tests
                    packages   the .py files, without tests, of torch, numpy and the other PACKAGES of sources.py
                    cpp        the C++ headers that PyTorch installs
                    english    docstrings of those packages, and Python's help topics: no text of `python`
-                   a UTF-8 text file, a folder or glob of them; of JSON lines (.jsonl, .ndjson): the field "text"
+                   a UTF-8 text file, a folder or glob of them, also as .gz; of JSON lines (.jsonl, .ndjson): the
+                              field "text"
                    a folder of ready tokens: train.bin, val.bin (raw, little-endian) and meta.json,
                               {"dtype": "uint16" or "uint32", "vocab_size": ..., "bytes_per_token": ...}
 
@@ -20,6 +21,7 @@ folder, in a user's folder a file. Neighbours are often near-copies, and one in 
 import ast
 import codecs
 import glob
+import gzip
 import importlib.metadata
 import importlib.util
 import json
@@ -43,6 +45,8 @@ BUILTIN = {"python": (), "packages": PACKAGES, "cpp": ("torch",), "english": PAC
 TESTS = {"test", "tests", "testing"}
 NOT_LIBRARY = TESTS | {"encodings", "idlelib", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 JSON_LINES = (".jsonl", ".ndjson")  # endings, in any case
+HINTS = {".bin": "of ready tokens give the folder, with train.bin, val.bin and meta.json in it",
+         ".parquet": "write its column of text as JSON lines"} | dict.fromkeys((".zst", ".xz", ".zip"), "unpack it")
 
 
 @plain_errors()
@@ -68,7 +72,7 @@ def split_spec(spec):
                 weight = float(weight)
             need(0 <= weight <= 1e9, f"weight {weight:g} of {source!r} (from 0 to 1e9; 0 only evaluates)")
         before = re.split(r"[*?[]", source)[0]  # of a glob: what stands before the wildcards
-        corpora.append((name or named_after(before), source, weight))
+        corpora.append((name or named_after(before), os.path.expanduser(source), weight))
     names, _, weights = zip(*corpora)
     twice, times = Counter(names).most_common(1)[0]
     need(times == 1, f"two corpora of the name {twice!r} in {spec!r} (another name in front: other=source)")
@@ -182,13 +186,18 @@ def read_texts(path, builtin):
     """One file -> (its documents, lone surrogates in them that became U+FFFD). [None]: a built-in source's, not UTF-8.
 
     A document is the whole text or, in a file of JSON lines or a .json array of objects, the field "text" of each."""
-    text = path.read_bytes() if builtin else path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    text = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        with refuse(f"{path} cannot be unpacked", "a whole gzip file"):
+            text, path = gzip.decompress(text), path.with_suffix("")
+    text = text if builtin else text.removeprefix(codecs.BOM_UTF8)
     try:
         text.decode()
         need(text.count(0) <= len(text) / 4, f"but UTF-16: {text.count(0):,} of {len(text):,} bytes are NUL")
     except ValueError as e:
         wrong = f"at byte {e.start}" if isinstance(e, UnicodeDecodeError) else e
-        need(builtin, f"{path} is not UTF-8 text {wrong} (convert it, or a glob without it)")
+        right = HINTS.get(path.suffix.lower(), "convert it, or a glob without it")
+        need(builtin, f"{path} is not UTF-8 text {wrong} ({right})")
         return [None], 0
     text = text if builtin else unrolled(path, text)
     if builtin or not holds_json_lines(path, text):
@@ -211,7 +220,7 @@ def unrolled(path, text):
     if path.suffix.lower() == ".json" and text.lstrip().startswith(b"["):
         with suppress(ValueError, RecursionError):
             records = json.loads(text)
-            if all(isinstance(record, dict) and "text" in record for record in records):
+            if any(isinstance(record, dict) and "text" in record for record in records):
                 return "\n".join(map(json.dumps, records)).encode()
     return text
 

@@ -95,7 +95,14 @@ BROKEN = {
     "sliding window": (lambda f: edit(f, sliding_window=4096), "sliding_window 4096"),
     "attention bias": (lambda f: edit(f, attention_bias=True), "attention_bias True"),
     "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "rope kind": (lambda f: edit(f, rope_parameters={"rope_type": "yarn", "factor": 2}), "rope type 'yarn'"),
+    "rope kind": (lambda f: edit(f, rope_parameters={"rope_type": "yarn", "factor": 2}), "rope_type 'yarn'"),
+    "rope twice": (lambda f: edit(f, rope_scaling={"type": "yarn"}), "'yarn' in one place and 'default' in rope_par"),
+    "theta twice": (lambda f: edit(f, rope_theta=1e6), "rope_theta is 1000000.0 in one place and 10000.0 in rope_par"),
+    "rope by layer": (lambda f: edit(f, rope_parameters={"full_attention": {}}), "full_attention in rope_parameters"),
+    "rope, no type": (lambda f: edit(f, rope_scaling={"factor": 8}, rope_parameters="gone"), "rope_type 'missing'"),
+    "theta in quotes": (lambda f: edit(f, rope_theta="1e4"), r"rope_theta is '1e4' \(a number above 0"),
+    "part of a head": (lambda f: edit(f, rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor in"),
+    "a word, not true": (lambda f: edit(f, tie_word_embeddings="false"), "tie_word_embeddings 'false'"),
     "quantised": (lambda f: edit(f, quantization_config={"bits": 4}), "quantization_config"),
     "heads do not group": (lambda f: edit(f, num_key_value_heads=3), "cannot share 3"),
     "wrong shape": (lambda f: edit(f, vocab_size=98), "config.json says"),
@@ -136,6 +143,18 @@ def test_a_sliding_window_that_is_switched_off_is_none(tmp_path):
     checkpoint.save(make("qwen3"), tmp_path)
     edit(tmp_path, sliding_window=4096, use_sliding_window=False, max_window_layers=2)
     checkpoint.load(tmp_path)
+    edit(tmp_path, model_type="mistral")  # its class has no such switch
+    with pytest.raises(ValueError, match=r"sliding_window 4096 is not supported \(null\)"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_the_number_of_experts_has_two_names(kind, tmp_path):
+    names = ["num_local_experts", "num_experts"]
+    theirs, other = names if kind == "mixtral" else names[::-1]
+    checkpoint.save(make(kind, granularity=1, top_k=2), tmp_path)
+    edit(tmp_path, **{theirs: "gone", other: 6})
+    assert checkpoint.read_config(tmp_path).experts == 6
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, scaled rope"])

@@ -1,5 +1,6 @@
 """What data.py promises, on small real data."""
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -136,8 +137,18 @@ def test_a_json_array_is_read_as_its_texts_and_other_json_as_it_is(tmp_path):
     for indent in (None, 1):
         path = write(tmp_path, {"a.json": json.dumps(records, indent=indent)}) / "a.json"
         assert sources.read_texts(path, False)[0] == [r["text"].encode() for r in records]
+    records.insert(1, {"texts": "one of them, misspelt"})
+    with pytest.raises(ValueError, match="a.json line 2 has no text: its fields are 'texts'"):
+        sources.read_texts(write(tmp_path, {"a.json": json.dumps(records)}) / "a.json", False)
     for text in ('[{"texts": 1}]', "[1, 2]", '[{"text": "a"}'):
         assert sources.read_texts(write(tmp_path, {"a.json": text}) / "a.json", False)[0] == [text.encode()]
+
+
+def test_a_gzip_file_is_what_it_holds(tmp_path, monkeypatch):
+    write(tmp_path, {"a.jsonl.gz": gzip.compress(TWO_LINES.encode()), "b.txt.gz": gzip.compress(b"three")})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    [(_, spec, _, files)] = sources.parse_spec("mine=~/*.gz")
+    assert [text for _, text in sources.read_documents(spec, files)[1]] == [b"one", b"two", b"three"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path):
@@ -233,6 +244,8 @@ BAD = {  # files, specification, words
     "blank file": ({"a.txt": " \n"}, "{}/a.txt", "no text"),
     "empty folder": ({"d/.hidden": "x"}, "{}/d", "no file"),
     "not UTF-8": ({"a.txt": b"abc\xff" * 99}, "{}/a.txt", "not UTF-8 text at byte 3"),
+    "half a gzip file": ({"a.txt.gz": gzip.compress(b"abc" * 99)[:-9]}, "{}/a.txt.gz", "a whole gzip file"),
+    "tokens by their file": ({"train.bin": U2}, "{}/train.bin", "of ready tokens give the folder"),
     "not UTF-8 in a folder": ({"d/a.txt": b"abc\xff" * 99, "d/b.txt": "b" * 99}, "{}/d", "not UTF-8"),
     "jsonl without text": ({"a.jsonl": '{"text": "a"}\n{"t": 1}\n'}, "{}/a.jsonl", "line 2"),
     "jsonl of lists": ({"a.jsonl": '["text"]'}, "{}/a.jsonl", "no object"),

@@ -514,6 +514,14 @@ def test_a_mistyped_flag_is_answered_with_the_nearest_one(capsys, arguments, nea
     assert refused(capsys, *arguments.split()).endswith(f"(did you mean {near}?)")
 
 
+def test_two_seeds_may_have_the_same_rounded_loss(tmp_path, capsys):
+    table = {name: values[:8].repeat(2) for name, values in synthetic("chinchilla").items()}
+    path = write_table(tmp_path / "runs.csv", table, seed=[1, 2] * 8)
+    assert said(capsys, "fit", "chinchilla", path, "--json")["runs"] == 16
+    write_table(path, table, seed=[1] * 16)
+    assert "row 2 repeats row 1" in refused(capsys, "fit", "chinchilla", path)
+
+
 def test_a_refused_row_of_a_table_is_called_by_its_run(tmp_path, capsys):
     path = write_table(tmp_path / "runs.csv", synthetic("chinchilla"), run=[f"out/{i}" for i in range(60)])
     text = path.read_text()

@@ -248,6 +248,12 @@ def test_a_folder_that_no_training_has_touched_is_skipped_and_named(tmp_path, ca
     (tmp_path / "upcycled/eval.csv").unlink()
     answer = said(capsys, "table", tmp_path, "--json")
     assert len(answer["runs"]) == 1 and answer["skipped"] == [f"{tmp_path}/upcycled has no eval.csv"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "log.csv").write_text("step,tokens\n")
+    skipped = said(capsys, "table", tmp_path, "--json")["skipped"]
+    assert f"{killed} has no run.json: stopped before its first save" in skipped
+    assert "stopped before its first save" in refused(capsys, "table", killed)
     for missing in (tmp_path / "upcycled", tmp_path / "nothing"):
         assert refused(capsys, "compare", tmp_path / "run", missing)
     line = refused(capsys, "table", tmp_path / "upcycled")
@@ -262,10 +268,11 @@ def test_an_interrupted_run_is_left_out_of_the_table_and_named(tmp_path, capsys,
     make_run(tmp_path / "whole/step-8", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "wsd"})
     make_run(tmp_path / "begun", [], [5, 5], tokens=0, flops=0, plan=plan | {"schedule": "cosine"})
     make_run(tmp_path / "flat", [], [5, 4], tokens=8e6, flops=8e15, plan=plan | {"schedule": "constant"})
+    make_run(tmp_path / "still", [], [5, 5], tokens=0, flops=0, plan=plan | {"schedule": "constant"})
     runs.main(["table", str(tmp_path)])
     printed = capsys.readouterr()
     assert {Path(r["run"]).name for r in rows_of(printed.out)} == {"whole", "flat"}
-    for left_out in ("begun is left out: 0 %", "step-8 is left out: 86 %"):
+    for left_out in ("begun is left out: 0 %", "still is left out: 0 %", "step-8 is left out: 86 %"):
         assert left_out in printed.err
     assert "begun is left out" in refused(capsys, "table", tmp_path / "begun")
 

@@ -408,6 +408,9 @@ def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp
     ids.save(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 300}')
     assert load_tokenizer(str(tmp_path)) == ids
+    (tmp_path / "merges.txt").write_text("a b")
+    with pytest.raises(ValueError, match="has a tokenizer, but only in merges.txt, which is not read"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_works_under_any_name(tmp_path):
