@@ -26,13 +26,18 @@ def fast_bf16(device):
     return False
 
 
-def memory_for_activations(device, sizes, shards):
-    """Bytes. On CUDA what is free, less 20 a parameter (in so many shards): gradients and two moments in fp32, copies
-    in bf16, and the weights once more as a reserve. On a CPU not much, as what is near the caches is fastest. On
-    Apple's GPU half of what one should use, a guess."""
+def memory_for_activations(device, sizes, shards, recomputes):
+    """Bytes. On CUDA half of what is free (blocks keep 0.8 to 1.2 times what default_micro_batch counts if compiled, up
+    to 1.7 if not), less 20 a parameter (in so many shards): gradients and two moments in fp32, copies in bf16, and the
+    weights once more as a reserve. Shards besides hold embedding, head and their gradients whole, and the bf16 copies
+    unless blocks are recomputed. On a CPU not much, as what is near the caches is fastest. On Apple's GPU half of what
+    one should use, a guess."""
     match device.type:
         case "cuda":
-            return torch.cuda.mem_get_info()[0] - 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
+            held = 20 * (sizes["N_total"] + sizes["embeddings"]) / shards
+            if shards > 1:
+                held += 12 * sizes["embeddings"] + (0 if recomputes else 2 * sizes["N_total"])
+            return (torch.cuda.mem_get_info()[0] - held) / 2
         case "cpu":
             return 0.18e9
         case "mps":
@@ -87,7 +92,7 @@ def complete(s, config, sizes, flops_per_token, device, world, lineage=(), recom
         tokens = s.tokens_per_param * sizes["N_active"]
     steps = max(1, round(tokens / s.batch_tokens)) if tokens else 0
     windows = s.batch_tokens // s.context // world  # of a rank in a step
-    memory = memory_for_activations(device, sizes, world if s.fsdp else 1)
+    memory = memory_for_activations(device, sizes, world if s.fsdp else 1, recomputes)
     logits = 0 if device.type == "cpu" else 12  # they, their softmax and their gradient, in fp32
     s.micro_batch = s.micro_batch or default_micro_batch(config, s.context, windows, memory, recomputes, logits)
     if s.lr == "auto":

@@ -359,11 +359,14 @@ def grouped(x_TD, score_TK, expert_TK, gate_up_EHD, down_EDF):
     rows_P = torch.arange(T * K, device=x_TD.device)
     place_TK = torch.empty_like(order_P).scatter(0, order_P, rows_P).view(T, K)  # the inverse: the row of pair (t, k)
     token_P1 = (order_P // K)[:, None]
-    ends_E = count(expert_TK, len(gate_up_EHD)).cumsum(0).to(torch.int32)  # the last is P: every row is written
+    count_E = count(expert_TK, len(gate_up_EHD))
+    ends_E = count_E.cumsum(0).to(torch.int32)  # the last is P: every row is written
+    # Of an expert without tokens some GPUs leave the gradient unwritten (pytorch's issue 172439). Masked, it is 0.
+    gate_up_EHD, down_EDF = (torch.where((count_E > 0)[:, None, None], W.to(dtype), 0) for W in (gate_up_EHD, down_EDF))
     x_PD = SumRows.apply(x_TD, token_P1, place_TK)
-    gate_PF, up_PF = F.grouped_mm(x_PD, gate_up_EHD.to(dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    gate_PF, up_PF = F.grouped_mm(x_PD, gate_up_EHD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     act_PF = (F.silu(gate_PF) * up_PF * score_TK.reshape(-1)[order_P][:, None]).to(dtype)
-    y_PD = F.grouped_mm(act_PF, down_EDF.to(dtype).transpose(1, 2), offs=ends_E)
+    y_PD = F.grouped_mm(act_PF, down_EDF.transpose(1, 2), offs=ends_E)
     return SumRows.apply(y_PD, place_TK, token_P1)  # each token picks its K rows
 
 

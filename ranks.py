@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -32,7 +33,7 @@ class Ranks:
             device = torch.device("cuda", self.local)
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first rank may have a corpus to encode
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # the first rank may have a corpus to encode
         self.mesh = init_device_mesh(device.type, (self.world,)) if fsdp else None
         self.device = device
         return device
@@ -89,18 +90,24 @@ class Ranks:
 
 class Signals:
     """Ctrl-C, SIGTERM, and SIGHUP of a closed terminal (unless it is ignored, as under nohup): noted at once, obeyed
-    between two steps. `number` is that of the first one, or 0."""
+    between two steps. `number` is that of the first one, or 0. A second one ends the process at once, but not within
+    a second: torchrun hands one on that its processes may have had from elsewhere."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.time = 0, 0.0
         asked = [signal.SIGINT, signal.SIGTERM]
         asked += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
         self.before = {s: signal.signal(s, self.note) for s in asked}
 
     def note(self, number, frame):
-        if self.number:  # a second one does not wait
+        if self.number and time.monotonic() > self.time + 1:
             raise KeyboardInterrupt
-        self.number = number
+        if not self.number:
+            self.number, self.time = number, time.monotonic()
+
+    def ignore(self):
+        for s in self.before:
+            signal.signal(s, signal.SIG_IGN)
 
     def restore(self):
         for s, handler in self.before.items():

@@ -39,6 +39,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from contextlib import contextmanager, nullcontext
 from shlex import quote
 
@@ -55,6 +56,7 @@ import cpu
 import data
 import horizon
 import model
+import moe
 import muon
 import operators
 import settings
@@ -251,6 +253,10 @@ def main(argv=None):
     for c in corpora:
         if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:
             notes.append(f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times")
+    if device.type == "cuda" and config.experts:
+        down_proj = module.model.layers[0].mlp.experts.down_proj
+        if not moe.can_group(device, getattr(torch, s.dtype), down_proj):
+            notes.append("experts come one after the other (faster: bfloat16, widths that 8 divides, Ampere or later)")
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
     prompt = tokenizer.encode([prompt])[0].tolist()
     for note in notes:
@@ -342,6 +348,8 @@ def main(argv=None):
                 raise SystemExit(1) from None
             if stop and step < steps:
                 code = 128 + stop
+                signals.ignore()
+                ranks.agree(None)  # the others wait for the first one's save: torchrun ends all when one has gone
                 ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
         if step == steps or code:
             break
@@ -391,11 +399,15 @@ if __name__ == "__main__":
         code = 130
     except SystemExit as end:
         code = end.code
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"train.py: {error} (make room; --resume goes on from the last save, if there is one)", file=sys.stderr)
+    except Exception as error:
         code = 1
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            right = "make room; --resume goes on from the last save, if there is one"
+            print(f"train.py: {error} ({right})", file=sys.stderr)
+        elif not dist.is_initialized():
+            raise
+        else:  # out of memory, for example: this rank has to go, or the others wait for it
+            traceback.print_exc()
     sys.stdout.flush()
     if dist.is_initialized():  # taking gloo down in order can wait for the interpreter's lock for ever
         os._exit(code)

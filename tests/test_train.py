@@ -153,6 +153,41 @@ def test_ctrl_c_saves_leaves_with_130_and_resumes_exactly(here, texts):
     assert_same_run("calm", "stopped")
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
+def test_two_ranks_save_before_either_leaves_though_each_hears_a_signal_twice(here, texts, tmp_path):
+    """A scheduler signals each process, some twice, and torchrun ends all when one has gone. Saving takes seconds."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nreplace = os.replace\n"
+        "os.replace = lambda a, b: (time.sleep(str(b).endswith('.pt')), replace(a, b))\n"
+    )
+    flags = ["--tokens", 256 * 2000, "--save-every", 100000, "--log-every", 1, *FEW, "--out", "stopped"]
+    env = ENV | {"PYTHONPATH": str(tmp_path)}
+    pipes = dict(env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(texts, *flags, torchrun=2), **pipes)
+    while not process.stdout.readline().startswith("step     10/"):
+        pass
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    for i, rank in enumerate(2 * ranks):
+        time.sleep(0.3 * (i == 2))
+        os.kill(int(rank), signal.SIGTERM)
+    assert "--resume --out stopped" in process.communicate(timeout=100)[0]
+    assert checkpoint.read_trainer("stopped")["step"] == int(table("stopped/log.csv")[-1]["step"]) >= 10
+
+
+def test_a_rank_that_fails_ends_the_others(here, texts, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import torch\n"
+        "    def fail(*_): raise torch.OutOfMemoryError('no memory left')\n"
+        "    torch.nn.utils.clip_grad_norm_ = fail\n"
+    )
+    flags = ["--tokens", 256 * 2000, *FEW, "--out", "failed"]
+    env = ENV | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command(texts, *flags, torchrun=2), **CAPTURE | {"env": env}, timeout=100)
+    assert done.returncode == 1 and "OutOfMemoryError: no memory left" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("reader", ["reads", "leaves"])
 def test_a_closed_terminal_and_a_reader_that_leaves_lose_nothing(here, texts, number, reader):
