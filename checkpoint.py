@@ -255,6 +255,18 @@ def read_lineage(folder, source_tokens=None):
     return run.get("tokenizer"), lineage
 
 
+def closed_mask(lineage):
+    """Whether the last step was grow.py's operator random: its mask waits for train.py --mask-steps."""
+    return lineage[-1]["step"] == "grow" and lineage[-1].get("operator") == "random"
+
+
+def check_ids(tokenizer, config):
+    """Raises ValueError if a tokenizer makes ids that a model of Config `config` does not know."""
+    if tokenizer.min_vocab_size > config.vocab_size:
+        right = f"the model knows {config.vocab_size}: its own tokenizer"
+        raise ValueError(f"tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
+
+
 def last_settings(lineage):
     """The settings of the last step of a lineage that read text, {} if none did."""
     return ([{}] + [step["settings"] for step in lineage if "settings" in step])[-1]

@@ -82,6 +82,7 @@ def from_public(h, path):
         qkv_bias=kind == "qwen2",
         bos_token_id=h.get("bos_token_id"),
         eos_token_id=h.get("eos_token_id"),
+        pad_token_id=h.get("pad_token_id"),
     )
     if kind in ("mixtral", "qwen3_moe"):
         G = config.granularity = need("granularity")  # the file counts the G narrow parts of an expert as experts
@@ -142,7 +143,7 @@ def public_config(config, dtype):
             kind, name, more = "qwen3_moe", "Qwen3Moe", {"sliding_window": None}
     same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     same += " head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling tie_word_embeddings"
-    same += " bos_token_id eos_token_id"
+    same += " bos_token_id eos_token_id pad_token_id"
     h = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **{k: getattr(config, k) for k in same.split()}}
     h |= {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, **more}
     if kind == "qwen2":

@@ -73,7 +73,7 @@ from tables import Parser
 
 AXES = ("depth", "width")
 INSERTING = ("zero", "random")  # new layers and dimensions that add nothing at first
-SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k
+SPREAD = 0.5  # deviation of the shares of width-direct, relative to their mean 1/k; the last makes their sum 1
 
 ROLES = {  # every tensor that a model may have, and what growth sees in it
     "embed_tokens.weight": "embedding", "lm_head.weight": "words", "norm.weight": "last gain",
@@ -340,7 +340,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

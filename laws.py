@@ -285,6 +285,14 @@ def fit(law, table, set=None, fixed=None, bootstrap=0, blocks=None, seed=1):
     return {"law": law, "set": set or next(iter(LAWS[law])), **report}
 
 
+def kind_of(run, read):
+    """{column: text} of what one law must find equal in all of its runs, unless it reads that column."""
+    kind = {name: run.get(name) or "none" for name in ("E", "K", "G", "corpus", "optimizer")}
+    kind["D1"] = "some" if run.get("D1") else "none"  # upcycled or grown
+    kind["schedule"] = "constant" if run.get("schedule") == "constant" else "with a decay"
+    return {name: text for name, text in kind.items() if name not in read}
+
+
 def read_table(path, the, blocks=None, where=()):
     """A run table's columns that a Row needs, {name: array (n)}, and its block labels. ValueError names the row.
     where: conditions on the rows, as tables.chosen() has them."""
@@ -292,17 +300,17 @@ def read_table(path, the, blocks=None, where=()):
     if "E" in columns(the.form):  # to such a law a dense model is a mixture of one expert; runs.py leaves E, K empty
         dense = [r for r in rows if r.get("E") == "" and r.get("N") and r["N"] == r.get("N_total")]
         for r in dense:
-            r |= dict.fromkeys({"E", "K"} & {*r}, "1")
+            r |= dict.fromkeys({"E", "K", "G"} & {*r}, "1")
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
-    # experts, experts a token, and what the loss is about, unless the law reads them
-    kinds = [", ".join(f"{name} {r.get(name) or 'none'}" for name in ("E", "K", "corpus") if name not in table)
-             for r in rows]
+    kinds = [kind_of(r, table) for r in rows]
     for i, run in enumerate(zip(*table.values(), [r.get("seed") for r in rows])):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
         if kinds[i] != kinds[0]:
-            pair = f"{named(rows, 0)} has {kinds[0]}, {named(rows, i)} has {kinds[i]}"
+            unlike = [name for name in kinds[0] if kinds[i][name] != kinds[0][name]]
+            one, other = (", ".join(f"{name} {kind[name]}" for name in unlike) for kind in (kinds[0], kinds[i]))
+            pair = f"{named(rows, 0)} has {one}, {named(rows, i)} has {other}"
             raise ValueError(f"{path}: {pair} (one law, one kind of model, one text: choose with --where)")
     labels = column(path, rows, blocks, least=None) if blocks else None
     if labels and "" in labels:

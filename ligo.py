@@ -42,6 +42,7 @@ Try, after `python train.py --optimizer adamw --lr 3e-3 --batch-tokens 4096 --nu
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -171,14 +172,17 @@ def learn_folder(source, target, axis, factor, layers, seed, spec, steps, batch_
     (_, stored), (known, lineage) = checkpoint.reader(source, config), checkpoint.read_lineage(source, source_tokens)
     if os.path.lexists(target):  # asked again when it is written; but learning takes a while
         raise ValueError(f"{target} exists (another name; nothing is overwritten)")
+    operators.check_open(source, lineage)
     small, tokenizer = checkpoint.load(source), load_tokenizer(str(source))
+    checkpoint.check_ids(tokenizer, config)
 
     before = checkpoint.last_settings(lineage)
     context = before.get("context") or min(config.max_position_embeddings, 256)
     spec = spec or before.get("data") or "python"
     corpora = data.prepare(spec, tokenizer, context=context)
     # Where its last training stopped reading. first_seed: None if it has never read.
-    first_seed, sequence, read, _ = data.position(lineage, corpora, context, tokenizer.key)
+    first_seed, sequence, read, notes = data.position(lineage, corpora, context, tokenizer.key)
+    print(*[f"note: {note}" for note in notes], sep="\n", end="\n" * bool(notes))
     reader = data.Reader(corpora, context, seed if first_seed is None else first_seed, sequence, read)
     windows, start = max(1, batch_tokens // context), dict(reader.read)
     bar = tqdm(range(steps), unit="step", disable=not sys.stderr.isatty())
@@ -186,6 +190,8 @@ def learn_folder(source, target, axis, factor, layers, seed, spec, steps, batch_
     untrained, big = learn(small, [], **how), learn(small, batches, **how, lr=lr)
     was, began, ended = (held_out_loss(m, corpora, context) for m in (small, untrained, big))
     print(f"held-out loss, nats a token: {was:.4f} the small model, {began:.4f} grown, {ended:.4f} after {steps} steps")
+    if not math.isfinite(ended):
+        raise ValueError(f"--lr {lr:g}: the loss is no number any more (a smaller one)")
 
     tokens = steps * windows * context
     entry |= {"tokens": tokens, "flops": tokens * big.flops_per_token(context), "data": reader.since(start)}
@@ -218,7 +224,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

@@ -81,6 +81,7 @@ class Config:
     balance_coef: float = 0.01  # of training: weight of the balancing loss, which train.py adds
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
 
     def check(self):
         """Raises ValueError for a shape that cannot be built, or that no public architecture can say."""
@@ -104,7 +105,8 @@ class Config:
                 self.capacity_factor,
             )  # fmt: skip
             if self.router == "softmax-topk" and not self.qk_norm:
-                raise ValueError("no public format holds a softmax-topk router without QK-norm (add --qk-norm)")
+                right = "topk-softmax, or a model with it"
+                raise ValueError(f"no public format holds a softmax-topk router without QK-norm ({right})")
 
 
 # ---- the layers -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import torch
@@ -73,9 +74,17 @@ def apply_to_folder(source, target, operator, source_tokens=None, shard_size=SHA
     appears only when it is whole. Raises ValueError, FileNotFoundError, or OSError if writing fails."""
     read, stored = checkpoint.reader(source, checkpoint.read_config(source))
     tokenizer, lineage = checkpoint.read_lineage(source, source_tokens)
+    check_open(source, lineage)
     dtype = operator.dtype(stored)
     run = {"tokenizer": tokenizer, "lineage": [*lineage, operator.entry]}
     return dtype, write_folder(source, target, operator.config, dtype, through(operator, read, dtype), run, shard_size)
+
+
+def check_open(source, lineage):
+    """Raises ValueError if the folder's mask is closed: after another operator nobody would open it."""
+    if checkpoint.closed_mask(lineage):
+        right = f"first: python train.py --init {quote(str(source))} --mask-steps N"
+        raise ValueError(f"{source} has a closed mask ({right})")
 
 
 def write_folder(source, target, config, dtype, made, run, shard_size=SHARD_SIZE):

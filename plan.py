@@ -113,7 +113,8 @@ def budget(N, D1, C, models=None, top_k=2):
 
     models: {set of upcycling: model}; published Table 2 if None. Losses from two sources cannot be compared, so with
     `models` a way without its own fit is None. Returns {"ways": {name: L or None}, "best", "swaps", "crossings", ...}.
-    swaps: all budgets that give the MoE 1e7 to 1e13 tokens D2 and at which two ways swap places; crossings: the first.
+    swaps: all budgets at which two ways swap places, of those that give the MoE 1e7 (or, if less, a hundredth of what C
+    gives) to 1e13 tokens D2; crossings: the first.
     """
     why = "no fit of its set was given (--fit can be repeated); published rows are not mixed with fits"
     if models is None:
@@ -133,7 +134,7 @@ def budget(N, D1, C, models=None, top_k=2):
         _, price, at_tokens = every[way]
         return predict(known[way][0], **at_tokens(flops / price))
 
-    budgets = moe * np.geomspace(1e7, 1e13, 601)
+    budgets = moe * np.geomspace(min(1e7, C / moe / 100), 1e13, 601)
     curves = {way: np.array([loss(way, flops) for flops in budgets]) for way in known}
     swaps = {}
     for one, other in itertools.combinations(known, 2):
@@ -149,6 +150,7 @@ def budget(N, D1, C, models=None, top_k=2):
         "best": min(known, key=ways.get),
         "crossings": {pair: found[0] if found else None for pair, found in swaps.items()},
         "swaps": swaps,
+        "from": budgets[0] / moe,
         "why_null": {way: why for way in every if way not in known},
         "tokens": tokens,
         "outside": {way: outside(model, **at) for way, (model, at) in known.items()},
@@ -163,20 +165,23 @@ def budget(N, D1, C, models=None, top_k=2):
 
 
 def have(folder):
-    """(N, tokens of the lineage, configuration, last settings) of a dense run's folder. ValueError if it is none."""
+    """(N, tokens of the lineage, configuration, last training) of a dense run's folder. ValueError if it is none."""
     try:
         run, config = (json.loads((Path(folder) / name).read_text("utf-8")) for name in ("run.json", "config.json"))
         N, dense = number(run["N"]), run["N_total"] == run["N"]
         tokens = [step["tokens"] for step in run["lineage"] if "tokens" in step]
         D1 = None if None in tokens else number(sum(tokens))
-        settings = [step["settings"] for step in run["lineage"] if "settings" in step]
+        trained = [step for step in run["lineage"] if "settings" in step]
+        masked = run["lineage"][-1].get("operator") == "random"
     except (OSError, *DAMAGE) as wrong:
         raise ValueError(f"--have {folder} is no run's folder: {wrong} (give --have-n and --have-d)") from None
     if not dense:
         raise ValueError(f"--have {folder} is a mixture (budget starts from a dense model)")
+    if masked:
+        raise ValueError(f"--have {folder} has a closed mask (train.py --mask-steps opens it)")
     if D1 is None:
         raise ValueError(f"--have {folder}: nobody knows its source's tokens (give --have-n {N:.4g} and --have-d)")
-    return N, D1, config, settings[-1] if settings else {}
+    return N, D1, config, trained[-1] if trained else {}
 
 
 def flags_like(folder, config, settings):
@@ -229,22 +234,25 @@ def run_budget(args):
         if report["law"] != "upcycling" or report["set"] in models:
             raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
         models[report["set"]] = report
-    config = settings = {}
+    config = last = {}
     if args.have:
         if args.have_n or args.have_d:
             raise ValueError(f"--have {args.have} says what --have-n and --have-d would (leave them out)")
-        args.have_n, args.have_d, config, settings = have(args.have)
+        args.have_n, args.have_d, config, last = have(args.have)
     if not (args.have_n and args.have_d and args.flops):
         raise ValueError("budget needs --flops, and --have FOLDER or both --have-n and --have-d")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
     best = answer["best"]
-    answer["command"] = command(best, answer["tokens"][best], args.have, config, settings, args.experts,
-                                args.top_k)  # fmt: skip
+    answer["command"] = command(best, answer["tokens"][best], args.have, config, last.get("settings", {}),
+                                args.experts, args.top_k)  # fmt: skip
     answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2. --top-k changes FLOPs, not coefficients")
+    if last.get("tokens") and last.get("flops"):
+        spent = f"of this model {last['flops'] / last['tokens']:.3g} FLOPs a token, where 6 N is {6 * args.have_n:.3g}"
+        answer["notes"].append(f"train.py counts head and attention, too: {spent}")
     if args.plot:
         import plots
 
@@ -262,7 +270,7 @@ def run_budget(args):
             where = f"{'again ' * (x is not swaps[0])}at {x['flops']:.4g} FLOPs (D2 of the MoE {x['D2']:.4g})"
             print(f"{pair}: {where}; beyond it {x['then']} is better")
         if not swaps:
-            print(f"{pair}: never, up to D2 = 1e13")
+            print(f"{pair}: not from D2 = {answer['from']:.3g} to 1e13")
     for way, factors in answer["outside"].items():
         laws.warn({"undetermined": answer["undetermined"][way]}, factors, f"{way}: ")
     for note in [f"{way}: {why}" for way, why in answer["why_null"].items()] + answer["notes"]:
@@ -281,7 +289,7 @@ def main(argv=None):
     add("--have", metavar="FOLDER", help="a dense run's folder, which says its size and tokens")
     add("--have-n", type=number, metavar="N", help="without --have: size of the dense model, in parameters")
     add("--have-d", type=number, metavar="D1", help="without --have: its tokens so far")
-    add("--flops", type=number, metavar="C", help="FLOPs from here on (required)")
+    add("--flops", type=number, metavar="C", help="FLOPs from here on, 6 N_active a token (required)")
     add = sub.add_argument_group("what it may become").add_argument
     add("--experts", type=whole, default=8, help="experts of the MoE, in the printed command (default: 8)")
     add("--top-k", type=whole, default=2, help="experts a token, sets N_active (default: 2)")

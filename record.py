@@ -195,4 +195,5 @@ class Record:
         s = self.settings
         rulers = {c.name: data.ngram_losses(c, s.context, s.eval_tokens) for c in self.corpora}
         in_bits = {c.name: c.bits(losses[c.name]) for c in self.corpora}
-        runs.summarise(self.folder, rulers, losses, in_bits, self.load, self.samples[-1])
+        text = not self.start.tokenizer.key.startswith("ids:")
+        runs.summarise(self.folder, rulers, losses, in_bits, self.load, self.samples[-1], text)

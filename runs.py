@@ -48,11 +48,11 @@ def add_row(path, columns, row):
         csv.writer(file).writerow([row[c] for c in columns])
 
 
-def summarise(out, rulers, losses, bits, load, sample):
+def summarise(out, rulers, losses, bits, load, sample, text=True):
     """The end of a run on one screen: the loss against the n-gram ruler, the plot, the sample, what to do next.
 
     rulers {corpus: its 1-, 2-, 3-gram losses}, losses {corpus: nats a token}, bits {corpus: bits a byte}, load (layers,
-    experts) tokens of the last step or None, sample: text.
+    experts) tokens of the last step or None, sample: a text; text: whether its tokenizer can read one.
     """
     print("\nvalidation loss            nats/token  bits/byte     1-gram  2-gram  3-gram counts of its training text")
     for name, ruler in rulers.items():
@@ -68,11 +68,12 @@ def summarise(out, rulers, losses, bits, load, sample):
     print(f"\n{sample}")
     print(f"written: {out}/  (model.safetensors, run.json, log.csv, eval.csv, samples.txt, loss.png)\nnext:")
     out = quote(str(out))
-    print(f'  python model.py {out} --prompt "def "')
+    if text:
+        print(f'  python model.py {out} --prompt "def "')
     if load is None:
         print(f"  python train.py --init {out} --upcycle 8x2   # a mixture of experts from it")
     print(f"  python train.py --init {out} --stack 2       # a deeper model from it")
-    if "cpp" not in rulers:
+    if text and [*rulers] == ["python"]:
         print(f"  python train.py --init {out} --data cpp:0.9,python:0.1   # another language, with 10 % replay")
 
 
@@ -148,6 +149,7 @@ def read_run(folder, corpus=None, smooth=1):
         tokens, flops = (column(evals, rows, name, least=0) for name in ("tokens", "flops"))
         L = column(evals, rows, f"{corpus}_loss")
         *before, last = about["lineage"]
+        settings = last.get("settings") or {}
         if last["step"] != "train":
             raise ValueError(f"its last step is {last['step']!r}")
         lineage = [*before, {**last, "tokens": tokens[-1], "flops": flops[-1]}]  # as far as the last evaluation
@@ -163,8 +165,9 @@ def read_run(folder, corpus=None, smooth=1):
             "run": str(folder), "corpus": corpus, "L": fmean(L[-smooth:]), **counts, "E": E, "K": K, "G": G,
             "D": total(lineage, "tokens"), "D1": D1, "D2": D2, "seed": last.get("seed"), "flops": flops[-1],
             "flops_total": total(lineage, "flops"), "lineage": about["lineage"], "config": config,
-            "text": ((last.get("settings") or {}).get("tokenizer"), last["data"].get(corpus, {}).get("sha256")),
+            "text": (settings.get("tokenizer"), last["data"].get(corpus, {}).get("sha256")),
             "done": share_done(lineage[-1], counts["N_active"]),
+            "optimizer": settings.get("optimizer"), "schedule": settings.get("schedule"),
             "curve": [(None if C is None else C + spent, loss) for spent, loss in zip(flops, L)],
         }
     except DAMAGE as wrong:
@@ -173,14 +176,23 @@ def read_run(folder, corpus=None, smooth=1):
 
 def merge_seeds(runs):
     """Runs that differ in their seed alone become one: mean L and curve, deviation L_sd, how many, all "curves".
-    ValueError if two of them have the seeds in common, too: nothing about chance is learnt from the same run twice."""
-    unlike, groups, merged = ("seed", "out", "init", "branch", "overwrite", "resume"), {}, []
-    for run in runs:  # key: what must be equal, as text, without the names in `unlike` at every depth
+    ValueError if two of them have the seeds in common, too, or all losses: nothing about chance is learnt from the same
+    run twice."""
+    unlike = "seed out init branch overwrite resume save_every log_every micro_batch device compile".split()
+    groups, merged = {}, []
+
+    def like(d):  # how many tokens of each corpus come in a whole number of steps hangs on their order, too
+        return {k: d[k] for k in sorted(d) if k not in unlike and not (k == "tokens" and "weight" in d)}
+
+    for run in runs:  # key: what must be equal, as text
         key = json.dumps([run[k] for k in ("lineage", "config", "corpus", "N_total", "D")] + [len(run["curve"])])
-        key = json.loads(key, object_hook=lambda d: {k: d[k] for k in sorted(d) if k not in unlike})
+        key = json.loads(key, object_hook=like)
         group, seeds = groups.setdefault(str(key), {}), str([step.get("seed") for step in run["lineage"]])
         if seeds in group:
             raise ValueError(f"{group[seeds]['run']} and {run['run']} have the same seed {run['seed']} (leave one out)")
+        if twin := next((other for other in group.values() if other["curve"] == run["curve"]), None):
+            why = "their seeds changed nothing: leave one out"
+            raise ValueError(f"{twin['run']} and {run['run']} have the same losses ({why})")
         group[seeds] = run
     for group in groups.values():
         group = [*group.values()]
@@ -234,12 +246,20 @@ def compare(runs, target=None):
 # The command line.
 
 
+def same_run(about, folder):
+    """Whether the run.json `about` says what that of the folder says."""
+    whole = folder / "run.json"
+    return whole.is_file() and read_json(about).get("lineage") == read_json(whole).get("lineage")
+
+
 def run_table(args):
     found = {}  # with the snapshots and branches below a folder, each once
     for folder in map(Path, args.runs):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
         found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
+    last = [f for f, folder in found.items() if folder.name.startswith("step-") and same_run(f, f.parent.parent)]
+    found = {f: folder for f, folder in found.items() if f not in last}  # a snapshot of the last step is the run again
     runs, skipped = [], [f"{f.parent} has no run.json: stopped before its first save" for folder in args.runs
                          for f in sorted(Path(folder).rglob("log.csv")) if not (f.parent / "run.json").exists()]
     for folder in found.values():
@@ -253,7 +273,7 @@ def run_table(args):
         why = "; ".join(skipped) or "a run has run.json and eval.csv"
         raise FileNotFoundError(f"no finished run below {' '.join(args.runs)} ({why})")
     runs = merge_seeds(runs) if args.seeds else runs
-    names = "run L N N_active N_total E K G D D1 D2 seed flops flops_total corpus".split()
+    names = "run L N N_active N_total E K G D D1 D2 seed flops flops_total corpus optimizer schedule".split()
     names += ["L_sd", "runs"] if args.seeds else []
     rows = [{name: run[name] for name in names} for run in runs]
     if args.json:
@@ -263,6 +283,8 @@ def run_table(args):
     writer.writerows(rows)  # None is written as nothing
     corpora = sorted({run["corpus"] for run in runs})
     several = " (these do not compare: choose one with --corpus)" if len(corpora) > 1 else ""
+    if not several and len({run["text"] for run in runs}) > 1:
+        several = " (these do not compare: it is not the same text, or not the same tokenizer, in all)"
     print(*[f"L is the loss on {', '.join(corpora)}{several}", *skipped], sep="\n", file=sys.stderr)
 
 

@@ -141,7 +141,7 @@ def get_parser(commands=""):
     add("--data", help="corpora, [name=]source[:weight],...: see data.py (default: python, or the parent's)")
     add("--tokenizer", help="bytes, a tiktoken name, a rank file or a tokenizer.json (default: bytes, or the parent's)")
     add("--context", type=number, help="tokens in a window (default: 256, or the parent's)")
-    add("--batch-tokens", type=number, default=2048, help="tokens of one step over all ranks")
+    add("--batch-tokens", type=number, default=2048, help="tokens of one step over all ranks, whole windows")
     add("--micro-batch", type=number, help="windows a rank takes at once (default: from shape and kind of device)")
 
     add = parser.add_argument_group("horizon: one of").add_argument
@@ -253,6 +253,8 @@ def settle(args, given, world):
     step = state["step"] if kind == "resume" else 0
     if s.fsdp and step < (s.mask_steps or 0):
         raise ValueError("--mask-steps and --fsdp cannot go together (the mask needs whole weights: DDP)")
+    if kind in ("new", "init") and "batch_tokens" not in given:
+        s.batch_tokens = max(1, s.batch_tokens // s.context) * s.context
     check_batch(s, world, fit="micro_batch" not in given)
     return Start(kind, s, config, tokenizer, lineage, state, operators, besides)
 
@@ -313,7 +315,11 @@ def new_config(s, tokenizer):
 
 def reshape(folder, config, lineage, s, given):
     """What --upcycle and --stack make of the checkpoint of --init: (operators, Config, lineage)."""
-    operators = []
+    operators, closed = [], checkpoint.closed_mask(lineage)
+    if s.stack is not None and s.stack < 2:
+        raise ValueError(f"--stack {s.stack} adds no layer (2 or more)")
+    if closed and (s.upcycle or s.stack):
+        raise ValueError(f"{folder} has a closed mask, and --upcycle or --stack would lose it (first --mask-steps N)")
     if s.upcycle:
         experts, top_k = upcycle.parse(s.upcycle)
         recipe = {name: given[name] for name in ("granularity", "router") if name in given}
@@ -323,7 +329,6 @@ def reshape(folder, config, lineage, s, given):
         operators.append(grow.growth(before, factor=s.stack, seed=s.seed))
     for operator in operators:
         config, lineage = operator.config, [*lineage, operator.entry]
-    closed = lineage[-1]["step"] == "grow" and lineage[-1]["operator"] == "random"  # its mask waits to be opened
     if s.mask_steps and not closed:
         raise ValueError(f"--mask-steps: {folder} has no mask (grow.py --operator random makes one)")
     if closed and not s.mask_steps and s.tokens != 0:
@@ -348,9 +353,7 @@ def finish(kind, s, given, config, tokenizer):
     for field in fields(config):
         if field.name in SHAPE:
             setattr(s, field.name, getattr(config, field.name))
-    if tokenizer.min_vocab_size > config.vocab_size:
-        right = f"the model knows {config.vocab_size}: its own tokenizer"
-        raise ValueError(f"--tokenizer {tokenizer.name} makes ids up to {tokenizer.min_vocab_size - 1} ({right})")
+    checkpoint.check_ids(tokenizer, config)
     s.data, s.tokenizer = s.data or "python", tokenizer.name
     if (s.tokens, s.flops, s.tokens_per_param) == (None, None, None):
         s.tokens = 2_000_000

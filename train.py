@@ -60,6 +60,7 @@ import moe
 import muon
 import operators
 import settings
+import upcycle
 from mask import Mask
 from names import packed
 from ranks import Ranks, Signals
@@ -249,6 +250,9 @@ def main(argv=None):
     with refusing(parser, ranks):
         corpora = prepare(s, tokenizer, ranks)
         reader, notes = get_reader(start, corpora, ranks)
+    notes += filter(None, (upcycle.stays_equal(operator.entry) for operator in start.operators))
+    if kind == "init" and "seed" in given and reader.seed != s.seed and not start.operators and not s.mask_steps:
+        notes.append(f"--seed {s.seed} changes nothing: the text goes on in the parent's order, and nothing is drawn")
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     for c in corpora:
         if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:

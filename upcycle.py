@@ -133,6 +133,10 @@ class Recipe:
         if self.top_k not in (top_k, top_k * self.copies):
             same = f"{top_k * self.copies} for the same function"
             raise ValueError(f"top_k is {self.top_k} ({top_k} as before, or {same} at more work a token)")
+        if not self.router_std and self.top_k == top_k and self.source.granularity > 1:
+            why = "a token may get parts of several equal copies"
+            right = f"router_std 0.02, or top_k {top_k * self.copies}"
+            raise ValueError(f"router_std is 0 and top_k stays {top_k}: {why} ({right})")
 
     @property
     def config(self):
@@ -182,6 +186,12 @@ class Recipe:
         fields = {k: v for k, v in asdict(self).items() if k != "source"}
         others = METHODS.keys() - {self.method}
         return {"step": "upcycle"} | {k: v for k, v in fields.items() if k.rpartition("_")[0] not in others}
+
+
+def stays_equal(entry):
+    """What to tell the user of a lineage's entry after which the copies of a mixture's experts stay copies; or None."""
+    if entry["step"] == "upcycle" and entry["method"] == "copy" and entry["router_std"] == 0:
+        return "equal copies that get the same tokens stay equal (upcycle.py --router-std 0.02, --method noise or drop)"
 
 
 def parse(text):
@@ -317,7 +327,7 @@ def command_line():
     add("--granularity", type=int, help="parts each expert is cut into, G (default: 1, or the mixture's)")
     add("--router", choices=moe.ROUTERS, help=f"how choices are scored (default: {Config.router}, or the mixture's)")
     add("--router-std", type=float, help=f"deviation of noise in new rows (default: {ROUTER_STD}; 0 for a mixture)")
-    add("--scale", choices=SCALES, help=f"keep the output exactly, as published, or not (default: {Recipe.scale})")
+    add("--scale", choices=SCALES, help=f"exact keeps the output (softmax-topk: of ties; default: {Recipe.scale})")
     add = parser.add_argument_group("experts").add_argument
     add("--method", choices=METHODS, help=f"how the copies are made to differ (default: {Recipe.method})")
     add("--drop-ratio", type=float, help=f"drop: share of neurons drawn anew (default: {Recipe.drop_ratio})")
@@ -352,8 +362,8 @@ def main(argv=None):
     print(f"written: {dst}  ({experts}; {size / 1e9:.3f} GB, {str(dtype).removeprefix('torch.')})")
     if G > 1 and dtype.itemsize < 4:
         print("note: a program that routes in this dtype splits a copy now and then; in float32 none does")
-    if made.entry["method"] == "copy" and made.entry["router_std"] == 0:
-        print("note: equal copies that get the same tokens stay equal (--router-std 0.02, --method noise or drop)")
+    if note := stays_equal(made.entry):
+        print(f"note: {note}")
     print(f"next: python train.py --init {quote(str(dst))}")
 
 

@@ -148,6 +148,14 @@ def test_a_sliding_window_that_is_switched_off_is_none(tmp_path):
         checkpoint.load(tmp_path)
 
 
+def test_the_tokens_with_a_meaning_are_kept(tmp_path):
+    checkpoint.save(make("llama"), tmp_path / "a")
+    edit(tmp_path / "a", bos_token_id=4, eos_token_id=[5, 6], pad_token_id=7)
+    checkpoint.save(checkpoint.load(tmp_path / "a"), tmp_path / "b")
+    config = json.loads((tmp_path / "b/config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [4, [5, 6], 7]
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_the_number_of_experts_has_two_names(kind, tmp_path):
     names = ["num_local_experts", "num_experts"]
@@ -169,7 +177,7 @@ def test_older_and_newer_spelling_of_rope_and_dtype_mean_the_same(name, tmp_path
 
 
 def test_softmax_over_all_without_qk_norm_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="--qk-norm"):
+    with pytest.raises(ValueError, match="topk-softmax, or a model with it"):
         Config(experts=4, router="softmax-topk", qk_norm=False).check()
 
 

@@ -378,6 +378,7 @@ BAD = {
     "killed while saving": (dict(source="killed"), "first: python train.py --resume"),
     "no lineage": (dict(source="unlisted"), "has no lineage"),
     "tokens of a run": (dict(source="run", source_tokens="1e9"), "knows its own tokens"),
+    "behind a closed mask": (dict(source="masked"), "masked has a closed mask"),
 }  # fmt: skip
 
 
@@ -402,6 +403,7 @@ def sources(tmp_path_factory):
         checkpoint.write_json(root / name / "run.json", {"lineage": [{"step": "train"}]} | run)
     checkpoint.write_json(root / "gpt2/config.json", {"model_type": "gpt2"})
     os.truncate(root / "torn/model.safetensors", 5000)
+    grow.grow_folder(root / "small", root / "masked", "width", "random", 2, None, 1)
     return root
 
 

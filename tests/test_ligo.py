@@ -1,6 +1,7 @@
 """LiGO: learned maps lower the loss, are tied as in the paper, and what they read and cost is counted."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ BAD = {
     "destination exists": (dict(target="small"), "exists (another name"),
     "no source": (dict(source="nothing"), "nothing is not a folder"),
     "another rate": (dict(lr="-1"), "-1 is out of range"),
+    "a closed mask": (dict(source="masked"), "masked has a closed mask (first: python train.py --init masked"),
+    "another tokenizer": (dict(source="other"), "makes ids up to 255 (the model knows 99"),
 }
 
 
@@ -129,6 +132,8 @@ BAD = {
 def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint.save(make(vocab_size=256), "small", load_tokenizer("bytes"))
+    checkpoint.save(make(vocab_size=99), "other", load_tokenizer("bytes"))
+    grow.grow_folder("small", "masked", "width", "random", 2, None, 1)
     before = sorted(tmp_path.rglob("*"))
     flags, words = BAD[case]
     flags = dict(axis="depth", factor="2") | flags
@@ -140,6 +145,15 @@ def test_bad_input_is_one_line_and_changes_nothing(case, tmp_path, monkeypatch, 
     assert left.value.code == 2 and out == "" and sorted(tmp_path.rglob("*")) == before
     last = err.strip().split("\n")[-1]
     assert last.startswith("ligo.py: error: ") and words in last
+
+
+def test_maps_that_are_no_numbers_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(make(vocab_size=256), "small", load_tokenizer("bytes"))
+    Path("a.txt").write_text("".join(map(str, range(9999))))
+    with pytest.raises(ValueError, match="--lr 1e[+]30: the loss is no number"):
+        ligo.learn_folder("small", "big", "depth", 2, None, 1, "a.txt", 2, 256, 1e30)
+    assert not Path("big").exists()
 
 
 def test_help_opens_with_the_commands(capsys):

@@ -250,7 +250,7 @@ def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
     same = said(capsys, "budget", "--have-n", 1e9, "--have-d", 1e10, "--flops", 4e20, "--json")
     assert answer["ways"] == same["ways"]
     D2 = answer["tokens"][answer["best"]]
-    commands = {way: plan.command(way, D2, mine, *plan.have(mine)[2:], 8, 2) for way in answer["ways"]}
+    commands = {way: plan.command(way, D2, mine, plan.have(mine)[2], {}, 8, 2) for way in answer["ways"]}
     assert answer["command"] == commands[answer["best"]]
     for way, words in {"train on": [], "upcycle": ["--upcycle", "8x2"], "stack": ["--stack", str(laws.GROW)]}.items():
         assert commands[way].split() == ["python", "train.py", "--init", mine, *words, "--tokens", f"{D2:.4g}"]
@@ -273,12 +273,30 @@ def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
         ({"N_total": 5e9}, "is a mixture"),
         ({"lineage": [{"step": "source", "tokens": None}]}, "nobody knows its source's tokens"),
         ({"lineage": None}, "is no run's folder"),
+        ({"lineage": [{"step": "train", "tokens": 1}, {"step": "grow", "operator": "random"}]}, "has a closed mask"),
         ({"N": "many"}, "is no run's folder"),
     ],
 )
 def test_a_folder_that_budget_cannot_start_from_is_refused(tmp_path, capsys, changes, says):
     folder = folder_of_a_run(tmp_path / "run", **changes)
     assert says in refused(capsys, "budget", "--have", folder, "--flops", 1e20)
+
+
+def test_budget_says_what_train_py_counts_beyond_6_N(tmp_path, capsys):
+    last = {"step": "train", "tokens": 1e9, "flops": 8e18, "settings": {}}
+    folder = folder_of_a_run(tmp_path / "run", lineage=[last])
+    notes = said(capsys, "budget", "--have", folder, "--flops", 1e20, "--json")["notes"]
+    assert "train.py counts head and attention, too: of this model 8e+09 FLOPs a token, where 6 N is 6e+09" in notes
+
+
+def test_a_small_budget_finds_the_swap_that_is_near_it(capsys):
+    have = ("budget", "--have-n", 1e5, "--have-d", 2e6, "--json", "--flops")
+    small, large = said(capsys, *have, 1e9), said(capsys, *have, 1e13)
+    assert small["best"] == "train on" and large["best"] == "upcycle"
+    [swap] = small["swaps"]["train on = upcycle"]
+    assert swap["then"] == "upcycle" and 1e9 < swap["flops"] < 1e13 and swap["D2"] < 1e7
+    main("budget", *map(str, have[1:5]), "--flops", "1e13")
+    assert "train on = upcycle: " in (text := capsys.readouterr().out) and "never" not in text
 
 
 def test_budget_needs_a_model_and_only_one(tmp_path, capsys):

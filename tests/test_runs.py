@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,34 @@ def test_the_same_seed_twice_is_no_second_seed(tmp_path, capsys):
         line = refused(capsys, command, tmp_path / "a", tmp_path / "b", "--seeds")
         assert f"{tmp_path}/a and {tmp_path}/b have the same seed 1" in line
     for seed in (1, 2):  # children of two seeds, with a seed of their own that is the same
-        make_run(tmp_path / f"child{seed}", [{"step": "train", "tokens": 1, "flops": 1, "seed": seed}], [3, 2])
+        make_run(tmp_path / f"child{seed}", [{"step": "train", "tokens": 1, "flops": 1, "seed": seed}], [3, 2 + seed])
     answer = said(capsys, "table", tmp_path / "child1", tmp_path / "child2", "--seeds", "--json")
     assert answer["runs"][0]["runs"] == 2
+    for seed in (1, 2):  # a seed that nothing was drawn with
+        make_run(tmp_path / f"twin{seed}", [], [3, 2], seed=seed)
+    line = refused(capsys, "table", tmp_path / "twin1", tmp_path / "twin2", "--seeds")
+    assert "twin1 and" in line and "have the same losses (their seeds changed nothing" in line
+
+
+def test_seeds_are_put_together_whatever_their_order_of_corpora_and_their_rhythm(tmp_path, capsys):
+    for seed in (1, 2):
+        make_run(tmp_path / f"s{seed}", [], [5, 3 + seed], seed=seed, plan={"save_every": seed, "eval_tokens": 9})
+        about = json.loads((tmp_path / f"s{seed}/run.json").read_text())
+        about["lineage"][-1]["data"]["python"]["tokens"] -= seed
+        (tmp_path / f"s{seed}/run.json").write_text(json.dumps(about))
+    [both] = said(capsys, "table", tmp_path, "--seeds", "--json")["runs"]
+    assert both["runs"] == 2 and both["L"] == 4.5
+
+
+def test_a_snapshot_of_the_last_step_is_the_run_again(tmp_path, capsys):
+    plan = {"schedule": "constant", "optimizer": "muon"}
+    make_run(tmp_path / "trunk", [], [5, 4, 3], tokens=9e6, plan=plan)
+    shutil.copytree(tmp_path / "trunk", tmp_path / "other")
+    make_run(tmp_path / "trunk/step-4", [], [5, 4], tokens=4e6, plan=plan)
+    shutil.move(tmp_path / "other", tmp_path / "trunk/step-9")
+    rows = said(capsys, "table", tmp_path, "--json")["runs"]
+    assert sorted(Path(row["run"]).name for row in rows) == ["step-4", "trunk"]
+    assert {(row["optimizer"], row["schedule"]) for row in rows} == {("muon", "constant")}
 
 
 def test_table_smooths_and_picks_the_corpus_as_asked(tmp_path, capsys):
@@ -229,7 +255,10 @@ def test_losses_on_different_texts_are_not_compared(tmp_path, capsys):
     assert "do not compare" in capsys.readouterr().err
     (tmp_path / "runs.csv").write_text("N,D,L,corpus\n1,2,3,python\n2,2,3,cpp\n")
     line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
-    assert "row 1 has E none, K none, corpus python, row 2" in line and "one text: choose with --where" in line
+    assert "row 1 has corpus python, row 2 has corpus cpp (one" in line and "one text: choose with --where" in line
+    for column, a, b in (("optimizer", "muon", "adamw"), ("schedule", "wsd", "constant"), ("D1", "", 9), ("G", 1, 8)):
+        (tmp_path / "runs.csv").write_text(f"N,D,L,{column}\n1,2,3,{a}\n2,2,3,{b}\n")
+        assert f"row 1 has {column} " in refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
 
 
 def test_one_name_for_two_texts_or_two_tokenizers_is_noticed(tmp_path, capsys):

@@ -94,6 +94,14 @@ def test_a_new_run_has_its_flags_and_the_defaults(here):
     assert s.micro_batch is None and s.intermediate_size == 3 * s.hidden_size
 
 
+def test_a_step_is_made_of_whole_windows(here):
+    for context, tokens in ((48, 2016), (256, 2048), (3000, 3000)):
+        assert settle("--data", "a.txt", "--context", context).settings.batch_tokens == tokens
+    assert settle("--init", "trunk", "--context", 48).settings.batch_tokens == 2016
+    with pytest.raises(ValueError, match="2048 is not a multiple of the context 48"):
+        settle("--data", "a.txt", "--context", 48, "--batch-tokens", 2048)
+
+
 def test_an_init_takes_the_shape_from_the_folder_the_text_from_the_parent_and_a_new_optimizer(here):
     start = settle("--init", "trunk")
     s = start.settings

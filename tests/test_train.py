@@ -391,6 +391,16 @@ def windows_of(folder, texts):
     return [item for _ in range(lineage[-1]["tokens"] // 256) for item in reader.take(8)]
 
 
+def test_what_a_flag_does_not_do_is_said(here, texts, capsys):
+    run(texts, "--tokens", 512, *FEW, "--out", "parent")
+    capsys.readouterr()
+    for flags, said in (([], False), (["--seed", 2], True), (["--seed", 2, "--upcycle", "2x2"], False)):
+        run(texts, "--init", "parent", "--tokens", 256, *FEW, *flags, "--out", "child", "--overwrite")
+        assert ("--seed 2 changes nothing" in capsys.readouterr().out) == said
+    run(texts, "--init", "child", "--tokens", 256, *FEW, "--upcycle", "4x4", "--out", "more")
+    assert "note: equal copies that get the same tokens stay equal" in capsys.readouterr().out
+
+
 def test_a_child_reads_on_where_its_parent_stopped(here, texts):
     run(texts, "--tokens", 256 * 20, "--out", "whole")
     run(texts, "--tokens", 256 * 10, "--out", "half")
@@ -660,6 +670,7 @@ def shelf(tmp_path_factory, texts):
         index = {"weight_map": {"x": "../done/model.safetensors"}}
         Path("outside/model.safetensors.index.json").write_text(json.dumps(index))
         Path("evil/trainer.pt").write_bytes(pickle.dumps(Evil()))
+        grow.grow_folder("done", "masked", "depth", "random", 2, None, 1)
         Path("notarun").mkdir()
         Path("notarun/thesis.txt").write_text("years of work")
         Path("data").exists() and shutil.rmtree("data")
@@ -718,6 +729,8 @@ BAD = {
     "stacking of nothing": ("--stack 2", "--init"),
     "mask of nothing": ("--mask-steps 5", "--init"),
     "mask where there is none": ("--init done --mask-steps 5", "done has no mask"),
+    "stacking behind a closed mask": ("--init masked --stack 2 --mask-steps 5", "masked has a closed mask"),
+    "upcycling behind a closed mask": ("--init masked --upcycle 8x2", "masked has a closed mask"),
     "stacking no times": ("--init done --stack 0", "0"),
     "a branch of a run that is at its end": ("--branch done --tokens 256", "decayed"),
     "a file where a folder should be": ("--out a.txt/sub", "a.txt"),
@@ -740,7 +753,7 @@ BAD = {
     "granularity that does not divide": ("--experts 4 --granularity 7", "7"),
     "mixture flag without experts": ("--granularity 2", "--experts"),
     "router without gradient": ("--experts 4 --top-k 1", "softmax-topk"),
-    "router that no format holds": ("--experts 4 --router softmax-topk --no-qk-norm", "--qk-norm"),
+    "router that no format holds": ("--experts 4 --router softmax-topk --no-qk-norm", "or a model with it"),
     "capacity of zero": ("--experts 4 --capacity-factor 0", "capacity"),
 }  # fmt: skip
 

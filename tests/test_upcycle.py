@@ -611,6 +611,15 @@ def test_python_raises_with_the_words_of_the_command(tmp_path, capsys):
             upcycle.upcycle(make(), 4, 2, **unknown)
 
 
+def test_copies_of_a_cut_mixture_that_tie_are_not_chosen_among(tmp_path):
+    """A program that breaks ties otherwise would add up parts of several copies."""
+    cut = upcycle.upcycle(make(), 4, 2, granularity=2)
+    with pytest.raises(ValueError, match="parts of several equal copies .*or top_k 8"):
+        upcycle.upcycle(cut, 16, 2)
+    for recipe in (dict(top_k=2, router_std=0.02), dict(top_k=8)):
+        upcycle.upcycle(cut, 16, **recipe)
+
+
 def test_too_little_disk_is_noticed_before_anything_is_written(tmp_path):
     F = 2**22  # a hole in a sparse file: a header, and bytes that take no room
     config = Config(**{**SMALL, "intermediate_size": F, "num_hidden_layers": 1, "qk_norm": False})
@@ -661,7 +670,7 @@ def test_the_command_writes_a_folder_and_says_so(tmp_path, capsys):
     said = capsys.readouterr()
     assert "8 experts of width 48, 4 a token" in said.out and "bfloat16" in said.out and said.err == ""
     assert same(checkpoint.load(tmp_path / "b"), upcycle.upcycle(checkpoint.load(tmp_path / "a"), 4, 2, granularity=2))
-    upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 2".split()])
-    assert "16 experts of width 48, 4 a token" in (said := capsys.readouterr().out) and "stay equal" in said
+    upcycle.main([str(tmp_path / "b"), str(tmp_path / "more"), *"--experts 8 --top-k 4".split()])
+    assert "16 experts of width 48, 8 a token" in (said := capsys.readouterr().out) and "stay equal" in said
     steps = json.loads((tmp_path / "more" / "run.json").read_text())["lineage"]
     assert [(s.get("experts"), s.get("granularity")) for s in steps] == [(None, None), (4, 2), (8, 2)]
