@@ -129,8 +129,8 @@ def output_scale(experts, top_k, granularity, router):
     """Factor on the initial down_proj that gives the layer the variance of the dense layer that it replaces.
 
     It holds while logits are small, so the router starts small. As a softmax-topk router sharpens, s and the output
-    grow; with one expert a token a smaller factor trained better. With two a factor of 1 is 0.04 nats ahead after half
-    a million tokens, and 0.02 behind after two (experiments/LOG.md)."""
+    grow. A factor of 1 in its place is 0.03 to 0.10 nats ahead after half a million tokens, with either router and any
+    top_k and G that was tried. After two million it is level, or 0.02 behind (experiments/LOG.md)."""
     return copy_scale(experts, top_k, granularity, router) * math.sqrt(top_k)
 
 
