@@ -42,6 +42,7 @@ import json
 import math
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,10 +287,15 @@ def fit(law, table, set=None, fixed=None, bootstrap=0, blocks=None, seed=1):
 
 
 def kind_of(run, read):
-    """{column: text} of what one law must find equal in all of its runs, unless it reads that column."""
+    """{column: what must be equal in all runs of one law}, but for the columns that it reads."""
     kind = {name: run.get(name) or "none" for name in ("E", "K", "G", "corpus", "optimizer")}
-    kind["D1"] = "some" if run.get("D1") else "none"  # upcycled or grown
-    kind["schedule"] = "constant" if run.get("schedule") == "constant" else "with a decay"
+    for name in ("E", "K", "G"):
+        with suppress(ValueError):
+            kind[name] = f"{float(kind[name]):g}"  # 8 is 8.0
+    kind["D1"] = "given" if run.get("D1") else "none"  # upcycled or grown
+    kind["schedule"] = "constant" if run.get("schedule") == "constant" else "not constant"
+    if kind["E"] == "1":  # dense: nothing is cut
+        del kind["G"]
     return {name: text for name, text in kind.items() if name not in read}
 
 
@@ -300,18 +306,18 @@ def read_table(path, the, blocks=None, where=()):
     if "E" in columns(the.form):  # to such a law a dense model is a mixture of one expert; runs.py leaves E, K empty
         dense = [r for r in rows if r.get("E") == "" and r.get("N") and r["N"] == r.get("N_total")]
         for r in dense:
-            r |= dict.fromkeys({"E", "K", "G"} & {*r}, "1")
+            r |= dict.fromkeys({"E", "K"} & {*r}, "1")
     table = {name: np.array(column(path, rows, name)) for name in [*columns(the.form), the.target]}
-    kinds = [kind_of(r, table) for r in rows]
+    kinds = {}  # column: (what it has, the first row that has it)
     for i, run in enumerate(zip(*table.values(), [r.get("seed") for r in rows])):
         if (first := seen.setdefault(run, i)) < i:
             pair = f"{named(rows, i)} repeats {named(rows, first)}"
             raise ValueError(f"{path}: {pair} in {', '.join(table)} (leave one out)")
-        if kinds[i] != kinds[0]:
-            unlike = [name for name in kinds[0] if kinds[i][name] != kinds[0][name]]
-            one, other = (", ".join(f"{name} {kind[name]}" for name in unlike) for kind in (kinds[0], kinds[i]))
-            pair = f"{named(rows, 0)} has {one}, {named(rows, i)} has {other}"
-            raise ValueError(f"{path}: {pair} (one law, one kind of model, one text: choose with --where)")
+        for name, text in kind_of(rows[i], table).items():
+            other, at = kinds.setdefault(name, (text, i))
+            if text != other:
+                pair = f"{named(rows, at)} has {name} {other}, {named(rows, i)} has {text}"
+                raise ValueError(f"{path}: {pair} (one law, one kind of run: choose with --where, or in the file)")
     labels = column(path, rows, blocks, least=None) if blocks else None
     if labels and "" in labels:
         raise ValueError(f"{path}: {named(rows, labels.index(''))} has no {blocks} (a block for each run)")

@@ -172,6 +172,8 @@ def have(folder):
         tokens = [step["tokens"] for step in run["lineage"] if "tokens" in step]
         D1 = None if None in tokens else number(sum(tokens))
         trained = [step for step in run["lineage"] if "settings" in step]
+        if trained and trained[-1] is not run["lineage"][-1]:  # grown since: of another size
+            trained[-1].pop("flops", None)
         masked = run["lineage"][-1].get("operator") == "random"
     except (OSError, *DAMAGE) as wrong:
         raise ValueError(f"--have {folder} is no run's folder: {wrong} (give --have-n and --have-d)") from None

@@ -179,6 +179,7 @@ def merge_seeds(runs):
     ValueError if two of them have the seeds in common, too, or all losses: nothing about chance is learnt from the same
     run twice."""
     unlike = "seed out init branch overwrite resume save_every log_every micro_batch device compile".split()
+    unlike += ["pad_token_id"]  # older folders have none
     groups, merged = {}, []
 
     def like(d):  # how many tokens of each corpus come in a whole number of steps hangs on their order, too
@@ -246,22 +247,19 @@ def compare(runs, target=None):
 # The command line.
 
 
-def same_run(about, folder):
-    """Whether the run.json `about` says what that of the folder says."""
-    whole = folder / "run.json"
-    return whole.is_file() and read_json(about).get("lineage") == read_json(whole).get("lineage")
-
-
 def run_table(args):
+    lineage_of = lambda about: read_json(about).get("lineage")
     found = {}  # with the snapshots and branches below a folder, each once
     for folder in map(Path, args.runs):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
         found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
-    last = [f for f, folder in found.items() if folder.name.startswith("step-") and same_run(f, f.parent.parent)]
-    found = {f: folder for f, folder in found.items() if f not in last}  # a snapshot of the last step is the run again
-    runs, skipped = [], [f"{f.parent} has no run.json: stopped before its first save" for folder in args.runs
-                         for f in sorted(Path(folder).rglob("log.csv")) if not (f.parent / "run.json").exists()]
+    twice = [f for f, folder in found.items() if folder.name.startswith("step-")  # a last snapshot is its run again
+             and (run := f.parent.parent / "run.json") in found and lineage_of(f) == lineage_of(run)]
+    found = {f: folder for f, folder in found.items() if f not in twice}
+    logs = dict.fromkeys(f.parent for folder in args.runs for f in sorted(Path(folder).rglob("log.csv")))
+    runs, skipped = [], [f"{folder} has no run.json: it was not saved yet" for folder in logs
+                         if not (folder / "run.json").exists() and ".partial" not in str(folder)]
     for folder in found.values():
         if not (folder / "eval.csv").is_file():  # e.g. upcycled and not trained since
             skipped.append(f"{folder} has no eval.csv")

@@ -30,6 +30,7 @@ import platform
 import re
 import sysconfig
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -188,8 +189,11 @@ def read_texts(path, builtin):
     A document is the whole text or, in a file of JSON lines or a .json array of objects, the field "text" of each."""
     text = path.read_bytes()
     if path.suffix.lower() == ".gz":
-        with refuse(f"{path} cannot be unpacked", "a whole gzip file"):
+        try:
             text, path = gzip.decompress(text), path.with_suffix("")
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} cannot be unpacked: {error} (a whole gzip file)") from None
+        need(text[257:262] != b"ustar", f"{path} is an archive (unpack it, and give the folder)")
     text = text if builtin else text.removeprefix(codecs.BOM_UTF8)
     try:
         text.decode()

@@ -189,9 +189,10 @@ def load_tokenizer(name="bytes"):
     if path.is_dir():
         known = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
         path = next((file for file in known if file.exists()), path)
-        for other in ("merges.txt", "vocab.txt", "tekken.json", "spiece.model"):
+        public = path.name == "config.json" and not path.with_name("run.json").exists()
+        for other in ("merges.txt", "vocab.txt", "tekken.json", "spiece.model") if public else ():
             right = "transformers' AutoTokenizer reads it, and its save_pretrained writes a tokenizer.json"
-            alone = path.name == "config.json" and path.with_name(other).exists()
+            alone = path.with_name(other).exists()
             need(not alone, f"{path.parent} has a tokenizer, but only in {other}, which is not read ({right})")
     if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
         with refuse(path, "a vocab_size"):

@@ -368,7 +368,7 @@ def main(argv=None):
             if step == s.mask_steps and compiled:  # before that each masked layer would be a graph of its own
                 compile_blocks(module)
         bar.update()
-        stop = ranks.largest(signals.number)  # obeyed at the top of the loop; a second Ctrl-C ends at once, unsaved
+        stop = ranks.largest(signals.number)  # obeyed at the top of the loop; a later Ctrl-C ends at once, unsaved
 
         # log; and before each sample and save look whether loss and norm are numbers
         due = step % s.log_every == 0 or step in (1, steps)

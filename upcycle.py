@@ -135,7 +135,7 @@ class Recipe:
             raise ValueError(f"top_k is {self.top_k} ({top_k} as before, or {same} at more work a token)")
         if not self.router_std and self.top_k == top_k and self.source.granularity > 1:
             why = "a token may get parts of several equal copies"
-            right = f"router_std 0.02, or top_k {top_k * self.copies}"
+            right = f"upcycle.py --router-std 0.02, or top_k {top_k * self.copies}"
             raise ValueError(f"router_std is 0 and top_k stays {top_k}: {why} ({right})")
 
     @property

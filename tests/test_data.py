@@ -245,6 +245,8 @@ BAD = {  # files, specification, words
     "empty folder": ({"d/.hidden": "x"}, "{}/d", "no file"),
     "not UTF-8": ({"a.txt": b"abc\xff" * 99}, "{}/a.txt", "not UTF-8 text at byte 3"),
     "half a gzip file": ({"a.txt.gz": gzip.compress(b"abc" * 99)[:-9]}, "{}/a.txt.gz", "a whole gzip file"),
+    "no gzip file": ({"a.txt.gz": b"abc" * 99}, "{}/a.txt.gz", "a whole gzip file"),
+    "an archive": ({"a.tar.gz": gzip.compress(b"a".ljust(257, b"\0") + b"ustar")}, "{}/a.tar.gz", "is an archive"),
     "tokens by their file": ({"train.bin": U2}, "{}/train.bin", "of ready tokens give the folder"),
     "not UTF-8 in a folder": ({"d/a.txt": b"abc\xff" * 99, "d/b.txt": "b" * 99}, "{}/d", "not UTF-8"),
     "jsonl without text": ({"a.jsonl": '{"text": "a"}\n{"t": 1}\n'}, "{}/a.jsonl", "line 2"),

@@ -287,6 +287,8 @@ def test_budget_says_what_train_py_counts_beyond_6_N(tmp_path, capsys):
     folder = folder_of_a_run(tmp_path / "run", lineage=[last])
     notes = said(capsys, "budget", "--have", folder, "--flops", 1e20, "--json")["notes"]
     assert "train.py counts head and attention, too: of this model 8e+09 FLOPs a token, where 6 N is 6e+09" in notes
+    folder = folder_of_a_run(tmp_path / "grown", lineage=[last, {"step": "grow"}])  # that was a smaller model
+    assert "head and attention" not in str(said(capsys, "budget", "--have", folder, "--flops", 1e20, "--json")["notes"])
 
 
 def test_a_small_budget_finds_the_swap_that_is_near_it(capsys):

@@ -130,6 +130,8 @@ def test_a_snapshot_of_the_last_step_is_the_run_again(tmp_path, capsys):
     rows = said(capsys, "table", tmp_path, "--json")["runs"]
     assert sorted(Path(row["run"]).name for row in rows) == ["step-4", "trunk"]
     assert {(row["optimizer"], row["schedule"]) for row in rows} == {("muon", "constant")}
+    [alone] = said(capsys, "table", tmp_path / "trunk/step-9", "--json")["runs"]
+    assert alone["D"] == 9e6
 
 
 def test_table_smooths_and_picks_the_corpus_as_asked(tmp_path, capsys):
@@ -255,7 +257,7 @@ def test_losses_on_different_texts_are_not_compared(tmp_path, capsys):
     assert "do not compare" in capsys.readouterr().err
     (tmp_path / "runs.csv").write_text("N,D,L,corpus\n1,2,3,python\n2,2,3,cpp\n")
     line = refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
-    assert "row 1 has corpus python, row 2 has corpus cpp (one" in line and "one text: choose with --where" in line
+    assert "row 1 has corpus python, row 2 has cpp (one law, one kind of run: choose with" in line
     for column, a, b in (("optimizer", "muon", "adamw"), ("schedule", "wsd", "constant"), ("D1", "", 9), ("G", 1, 8)):
         (tmp_path / "runs.csv").write_text(f"N,D,L,{column}\n1,2,3,{a}\n2,2,3,{b}\n")
         assert f"row 1 has {column} " in refused(capsys, "fit", "chinchilla", tmp_path / "runs.csv")
@@ -279,10 +281,12 @@ def test_a_folder_that_no_training_has_touched_is_skipped_and_named(tmp_path, ca
     assert len(answer["runs"]) == 1 and answer["skipped"] == [f"{tmp_path}/upcycled has no eval.csv"]
     killed = tmp_path / "killed"
     killed.mkdir()
-    (killed / "log.csv").write_text("step,tokens\n")
+    for folder in (killed, killed / "step-3.partial"):
+        folder.mkdir(exist_ok=True)
+        (folder / "log.csv").write_text("step,tokens\n")
     skipped = said(capsys, "table", tmp_path, "--json")["skipped"]
-    assert f"{killed} has no run.json: stopped before its first save" in skipped
-    assert "stopped before its first save" in refused(capsys, "table", killed)
+    assert sorted(skipped)[0] == f"{killed} has no run.json: it was not saved yet" and len(skipped) == 2
+    assert "it was not saved yet" in refused(capsys, "table", killed)
     for missing in (tmp_path / "upcycled", tmp_path / "nothing"):
         assert refused(capsys, "compare", tmp_path / "run", missing)
     line = refused(capsys, "table", tmp_path / "upcycled")

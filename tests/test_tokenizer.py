@@ -411,6 +411,8 @@ def test_ids_without_text_are_written_as_numbers_and_come_back_from_a_folder(tmp
     (tmp_path / "merges.txt").write_text("a b")
     with pytest.raises(ValueError, match="has a tokenizer, but only in merges.txt, which is not read"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "run.json").write_text("{}")  # a run on ready tokens, to which its parent's files came along
+    assert load_tokenizer(str(tmp_path)) == ids
 
 
 def test_a_tokenizer_works_under_any_name(tmp_path):
