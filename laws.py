@@ -316,7 +316,7 @@ def read_table(path, the, blocks=None, where=()):
         for name, text in kind_of(rows[i], table).items():
             other, at = kinds.setdefault(name, (text, i))
             if text != other:
-                pair = f"{named(rows, at)} has {name} {other}, {named(rows, i)} has {text}"
+                pair = f"{named(rows, at)} has {name} {other}, {named(rows, i)} has {name} {text}"
                 raise ValueError(f"{path}: {pair} (one law, one kind of run: choose with --where, or in the file)")
     labels = column(path, rows, blocks, least=None) if blocks else None
     if labels and "" in labels:

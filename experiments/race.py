@@ -3,7 +3,7 @@
     python experiments/race.py                           # about 50 minutes; a second call goes on with it
     python experiments/race.py --dtype auto float32      # ours in fp32, too: nanoGPT's recipe always is
     python experiments/race.py -- --num-hidden-layers 4  # ours with other flags of train.py
-    python experiments/race.py show                      # the tables, from race.csv (race_bf16.csv: another machine)
+    python experiments/race.py show                      # the tables, from race.csv (or another --table)
 
 Each row of race.csv is one whole training in a process of its own, one after the other. Its schedule ends when the
 seconds asked for are over, so the loss at 100 s is that of a run for 100 s, not of a longer one on its way. The number
