@@ -251,6 +251,9 @@ def main(argv=None):
         corpora = prepare(s, tokenizer, ranks)
         reader, notes = get_reader(start, corpora, ranks)
     notes += filter(None, (upcycle.stays_equal(operator.entry) for operator in start.operators))
+    for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr", ("wsd", "cosine"))):
+        if name in given and s.schedule not in schedules:
+            notes.append(f"{settings.flag(name)} {given[name]} changes nothing with --schedule {s.schedule}")
     if kind == "init" and "seed" in given and reader.seed != s.seed and not start.operators and not s.mask_steps:
         notes.append(f"--seed {s.seed} changes nothing: the text goes on in the parent's order, and nothing is drawn")
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}

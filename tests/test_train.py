@@ -397,6 +397,11 @@ def test_what_a_flag_does_not_do_is_said(here, texts, capsys):
     for flags, said in (([], False), (["--seed", 2], True), (["--seed", 2, "--upcycle", "2x2"], False)):
         run(texts, "--init", "parent", "--tokens", 256, *FEW, *flags, "--out", "child", "--overwrite")
         assert ("--seed 2 changes nothing" in capsys.readouterr().out) == said
+    cases = ("min-lr", "constant", True), ("min-lr", "cosine", False), ("decay-fraction", "cosine", True)
+    for name, schedule, said in cases:
+        run(texts, "--tokens", 256, *FEW, f"--{name}", 1e-4, "--schedule", schedule, "--out", "child", "--overwrite")
+        assert (f"--{name} 0.0001 changes nothing with" in capsys.readouterr().out) == said
+    run(texts, "--init", "parent", "--tokens", 256, *FEW, "--upcycle", "2x2", "--out", "child", "--overwrite")
     run(texts, "--init", "child", "--tokens", 256, *FEW, "--upcycle", "4x4", "--out", "more")
     assert "note: equal copies that get the same tokens stay equal" in capsys.readouterr().out
 
