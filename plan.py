@@ -165,16 +165,17 @@ def budget(N, D1, C, models=None, top_k=2):
 
 
 def have(folder):
-    """(N, tokens of the lineage, configuration, last training) of a dense run's folder. ValueError if it is none."""
+    """(N, tokens of the lineage, configuration, last settings, FLOPs a token of its training or None) of a dense run's
+    folder. ValueError if it is none."""
     try:
         run, config = (json.loads((Path(folder) / name).read_text("utf-8")) for name in ("run.json", "config.json"))
         N, dense = number(run["N"]), run["N_total"] == run["N"]
         tokens = [step["tokens"] for step in run["lineage"] if "tokens" in step]
         D1 = None if None in tokens else number(sum(tokens))
-        trained = [step for step in run["lineage"] if "settings" in step]
-        if trained and trained[-1] is not run["lineage"][-1]:  # grown since: of another size
-            trained[-1].pop("flops", None)
-        masked = run["lineage"][-1].get("operator") == "random"
+        settings = [step["settings"] for step in run["lineage"] if "settings" in step]
+        last = run["lineage"][-1]  # if it grew since it was trained, those FLOPs are of a smaller model
+        price = last["flops"] / last["tokens"] if last.get("flops") and last.get("tokens") else None
+        masked = last.get("operator") == "random"
     except (OSError, *DAMAGE) as wrong:
         raise ValueError(f"--have {folder} is no run's folder: {wrong} (give --have-n and --have-d)") from None
     if not dense:
@@ -183,7 +184,7 @@ def have(folder):
         raise ValueError(f"--have {folder} has a closed mask (train.py --mask-steps opens it)")
     if D1 is None:
         raise ValueError(f"--have {folder}: nobody knows its source's tokens (give --have-n {N:.4g} and --have-d)")
-    return N, D1, config, trained[-1] if trained else {}
+    return N, D1, config, settings[-1] if settings else {}, price
 
 
 def flags_like(folder, config, settings):
@@ -236,24 +237,24 @@ def run_budget(args):
         if report["law"] != "upcycling" or report["set"] in models:
             raise ValueError(f"--fit {path} is a fit of {report['law']} {report['set']} (one of each set of upcycling)")
         models[report["set"]] = report
-    config = last = {}
+    config, settings, price = {}, {}, None
     if args.have:
         if args.have_n or args.have_d:
             raise ValueError(f"--have {args.have} says what --have-n and --have-d would (leave them out)")
-        args.have_n, args.have_d, config, last = have(args.have)
+        args.have_n, args.have_d, config, settings, price = have(args.have)
     if not (args.have_n and args.have_d and args.flops):
         raise ValueError("budget needs --flops, and --have FOLDER or both --have-n and --have-d")
     if args.top_k > args.experts:
         raise ValueError(f"--top-k {args.top_k:g} of --experts {args.experts:g} (at most as many as there are)")
     answer = budget(args.have_n, args.have_d, args.flops, models, args.top_k)
     best = answer["best"]
-    answer["command"] = command(best, answer["tokens"][best], args.have, config, last.get("settings", {}),
-                                args.experts, args.top_k)  # fmt: skip
+    answer["command"] = command(best, answer["tokens"][best], args.have, config, settings, args.experts,
+                                args.top_k)  # fmt: skip
     answer["notes"] = [] if models else [laws.LAWS["upcycling"]["upcycled"].wrong]
     if not models and (args.experts, args.top_k) != (8, 2):
         answer["notes"].append("the published rows are of 8 experts, top-2. --top-k changes FLOPs, not coefficients")
-    if last.get("tokens") and last.get("flops"):
-        spent = f"of this model {last['flops'] / last['tokens']:.3g} FLOPs a token, where 6 N is {6 * args.have_n:.3g}"
+    if price:
+        spent = f"of this model {price:.3g} FLOPs a token, where 6 N is {6 * args.have_n:.3g}"
         answer["notes"].append(f"train.py counts head and attention, too: {spent}")
     if args.plot:
         import plots

@@ -116,6 +116,22 @@ def get_reader(start, corpora, ranks):
     return data.Reader(corpora, s.context, s.seed if seed is None else seed, sequence, read), notes
 
 
+def without_effect(start, given, order, module, device):
+    """Notes on what was asked for and does not do what one may think. order: the seed of the order of the text."""
+    s, notes = start.settings, [upcycle.stays_equal(operator.entry) for operator in start.operators]
+    for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr", ("wsd", "cosine"))):
+        if name in given and s.schedule not in schedules:
+            notes.append(f"{settings.flag(name)} {given[name]} changes nothing with --schedule {s.schedule}")
+    draws = start.operators or s.mask_steps
+    if start.kind == "init" and "seed" in given and s.seed != order and not draws:
+        notes.append(f"--seed {s.seed} changes nothing: the text goes on in the parent's order, and nothing is drawn")
+    if device.type == "cuda" and start.config.experts:
+        down_proj = module.model.layers[0].mlp.experts.down_proj
+        if not moe.can_group(device, getattr(torch, s.dtype), down_proj):
+            notes.append("experts come one after the other (faster: bfloat16, widths that 8 divides, Ampere or later)")
+    return list(filter(None, notes))
+
+
 def get_optimizers(named, s, moments, ranks):
     """[Muon, if it is asked for, and AdamW] for the parameters `named` {name: parameter}; matrices decay. moments:
     those of an earlier run, or {}."""
@@ -250,20 +266,11 @@ def main(argv=None):
     with refusing(parser, ranks):
         corpora = prepare(s, tokenizer, ranks)
         reader, notes = get_reader(start, corpora, ranks)
-    notes += filter(None, (upcycle.stays_equal(operator.entry) for operator in start.operators))
-    for name, schedules in (("decay_fraction", ("wsd",)), ("min_lr", ("wsd", "cosine"))):
-        if name in given and s.schedule not in schedules:
-            notes.append(f"{settings.flag(name)} {given[name]} changes nothing with --schedule {s.schedule}")
-    if kind == "init" and "seed" in given and reader.seed != s.seed and not start.operators and not s.mask_steps:
-        notes.append(f"--seed {s.seed} changes nothing: the text goes on in the parent's order, and nothing is drawn")
+    notes += without_effect(start, given, reader.seed, module, device)
     windows = {c.name: data.validation_windows(c, s.context, s.eval_tokens) for c in corpora}
     for c in corpora:
         if (times := c.weight * steps * s.batch_tokens / len(c.train)) > 1:
             notes.append(f"{c.name} has {len(c.train):,} tokens to train on: this run reads them {times:.1f} times")
-    if device.type == "cuda" and config.experts:
-        down_proj = module.model.layers[0].mlp.experts.down_proj
-        if not moe.can_group(device, getattr(torch, s.dtype), down_proj):
-            notes.append("experts come one after the other (faster: bfloat16, widths that 8 divides, Ampere or later)")
     prompt = tokenizer.decode(windows[corpora[0].name][0][0, :24].tolist())
     prompt = tokenizer.encode([prompt])[0].tolist()
     for note in notes:

@@ -250,7 +250,7 @@ def test_budget_reads_a_folder_and_prints_the_winners_command(tmp_path, capsys):
     same = said(capsys, "budget", "--have-n", 1e9, "--have-d", 1e10, "--flops", 4e20, "--json")
     assert answer["ways"] == same["ways"]
     D2 = answer["tokens"][answer["best"]]
-    commands = {way: plan.command(way, D2, mine, plan.have(mine)[2], {}, 8, 2) for way in answer["ways"]}
+    commands = {way: plan.command(way, D2, mine, *plan.have(mine)[2:4], 8, 2) for way in answer["ways"]}
     assert answer["command"] == commands[answer["best"]]
     for way, words in {"train on": [], "upcycle": ["--upcycle", "8x2"], "stack": ["--stack", str(laws.GROW)]}.items():
         assert commands[way].split() == ["python", "train.py", "--init", mine, *words, "--tokens", f"{D2:.4g}"]
