@@ -9,7 +9,7 @@ run.json says where the run came from. `read_run` puts them together. `table` ma
 
     L   loss at the end            D   tokens in the whole lineage             flops        of this run
     N   size, see the README       D1  before the last upcycling or growth     flops_total  with its ancestors
-    E K G  of a mixture            D2  after it                                seed
+    E K G  of a mixture            D2  after it                                seed, corpus, optimizer, schedule
 
 What is unknown stays empty: nothing is guessed. An unfinished run is left out and named. `compare` asks how many FLOPs
 two runs need to the same loss, those of their ancestors included: a grown model has to pay for the small one.
@@ -248,15 +248,16 @@ def compare(runs, target=None):
 
 
 def run_table(args):
-    lineage_of = lambda about: read_json(about).get("lineage")
     found = {}  # with the snapshots and branches below a folder, each once
     for folder in map(Path, args.runs):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder (give run folders, e.g. out/*/)")
         found |= {f.resolve(): f.parent for f in sorted(folder.rglob("run.json")) if ".partial" not in str(f)}
-    twice = [f for f, folder in found.items() if folder.name.startswith("step-")  # a last snapshot is its run again
-             and (run := f.parent.parent / "run.json") in found and lineage_of(f) == lineage_of(run)]
-    found = {f: folder for f, folder in found.items() if f not in twice}
+    lineage_of = lambda about: read_json(about).get("lineage")
+    for f, folder in [*found.items()]:
+        run = f.parent.parent / "run.json"
+        if folder.name.startswith("step-") and run in found and lineage_of(f) == lineage_of(run):
+            del found[f]  # a snapshot of the last step is the run again
     logs = dict.fromkeys(f.parent for folder in args.runs for f in sorted(Path(folder).rglob("log.csv")))
     runs, skipped = [], [f"{folder} has no run.json: it was not saved yet" for folder in logs
                          if not (folder / "run.json").exists() and ".partial" not in str(folder)]

@@ -190,10 +190,10 @@ def load_tokenizer(name="bytes"):
         known = [path / "tokenizer.json", path / "tokenizer.model", path / "config.json"]
         path = next((file for file in known if file.exists()), path)
         public = path.name == "config.json" and not path.with_name("run.json").exists()
-        for other in ("merges.txt", "vocab.txt", "tekken.json", "spiece.model") if public else ():
+        others = [path.with_name(f) for f in ("merges.txt", "vocab.txt", "tekken.json", "spiece.model")]
+        if public and (other := next((file for file in others if file.exists()), None)):
             right = "transformers' AutoTokenizer reads it, and its save_pretrained writes a tokenizer.json"
-            alone = path.with_name(other).exists()
-            need(not alone, f"{path.parent} has a tokenizer, but only in {other}, which is not read ({right})")
+            raise ValueError(f"{path.parent} has a tokenizer, but only in {other.name}, which is not read ({right})")
     if path.name == "config.json" and path.is_file():  # of a checkpoint without a tokenizer: trained on ready tokens
         with refuse(path, "a vocab_size"):
             return load_tokenizer(f"ids:{json.loads(path.read_text())['vocab_size']}")

@@ -362,7 +362,7 @@ def main(argv=None):
                 raise SystemExit(1) from None
             if stop and step < steps:
                 code = 128 + stop
-                signals.ignore()
+                signals.ignore()  # one that came while this rank waits would end it, and the others with it
                 ranks.agree(None)  # the others wait for the first one's save: torchrun ends all when one has gone
                 ranks.say(f"stopped at step {step}; go on with: python train.py --resume --out {quote(s.out)}")
         if step == steps or code:
